@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of ops with torch: schema, fake, reference, kernels and autograd in one call.
+
+`torch.library.Library` is used directly because `torch.library.custom_op` costs about three times as
+much a call. This is the only file that touches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LIB = torch.library.Library("pyfast", "DEF")
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op and the functions that serve it."""
+
+    name: str
+    overload: Any
+    reference: Callable[..., Any]
+    has_kernels: bool
+    differentiable: bool
+
+
+OPS: dict[str, Op] = {}
+"""Every op by name: the generic tests and `pyfast info` walk this table."""
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    kernel: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any] | None = None,
+) -> Any:
+    """Register an op and return its overload.
+
+    Args:
+        schema: torch schema without the namespace, such as `"scale(Tensor x) -> Tensor"`.
+        fake: shape and dtype propagation; runs the op's checks, so eager and compiled calls fail alike.
+        reference: plain torch; serves every device that `kernel` does not, and is the tests' oracle.
+        kernel: the compiled implementation for CPU and CUDA tensors.
+        autograd: called as `autograd(*args)` where a gradient is wanted; applies an autograd.Function.
+    """
+    name = schema.split("(", 1)[0]
+    _LIB.define(schema, tags=_TAGS)
+    overload = getattr(torch.ops.pyfast, name).default
+    torch.library.register_fake(f"pyfast::{name}", fake, lib=_LIB)
+
+    def checked_reference(*args: Any) -> Any:
+        record(name, "reference")
+        return reference(*args)
+
+    _LIB.impl(name, checked_reference, "CompositeExplicitAutograd")
+    if kernel is not None:
+        _LIB.impl(name, kernel, "CPU")
+        _LIB.impl(name, kernel, "CUDA")
+    if autograd is not None:
+
+        def route(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(
+                isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+            ):
+                return autograd(*args)
+            return below_autograd(overload, *args)
+
+        _LIB.impl(name, route, "Autograd")
+    OPS[name] = Op(name, overload, reference, kernel is not None, autograd is not None)
+    return overload
+
+
+def below_autograd(overload: Any, *args: Any) -> Any:
+    """Call an op past its autograd registration: for an autograd.Function's forward."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*args)
+
+
+_recorders: list[list[tuple[str, str]]] = []
+_warned: set[tuple[str, str]] = set()
+
+
+def record(op: str, kernel: str) -> None:
+    """Note which kernel served an op, for `recorded_kernels`."""
+    for recorder in _recorders:
+        recorder.append((op, kernel))
+
+
+@contextlib.contextmanager
+def recorded_kernels() -> Iterator[list[tuple[str, str]]]:
+    """Collect `(op, kernel name)` for every pyfast op that runs inside the block, in order."""
+    recorder: list[tuple[str, str]] = []
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorders.remove(recorder)
+
+
+def fall_back(op: str, reason: str, *args: Any) -> Any:
+    """Serve a call by the reference; on an accelerator say so once for each (op, reason)."""
+    if (op, reason) not in _warned and any(
+        isinstance(arg, torch.Tensor) and arg.device.type != "cpu" for arg in args
+    ):
+        _warned.add((op, reason))
+        warnings.warn(f"pyfast.{op} runs its torch reference: {reason}", stacklevel=3)
+    record(op, "reference")
+    return OPS[op].reference(*args)

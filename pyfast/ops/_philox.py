@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout masks from Philox4x32-10 counters: nothing is saved but a seed and an offset.
+
+Element (row, column) of a mask takes 16 bits of the block with counter
+(row, column // 8, offset low word, offset high word) and key (seed low word, seed high word):
+half (column % 2) of word (column % 8) // 2, low half first. It is kept where those bits are at least
+round(p * 65536). Counters are global rows and columns, so any tiling and any shard draws the same mask.
+Generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+LEVELS = 1 << 16
+
+
+def threshold(p: float) -> int:
+    """Sixteen-bit threshold below which an element is dropped."""
+    return round(p * LEVELS)
+
+
+def keep_scale(p: float) -> float:
+    """1 / (the exact share that is kept), 0 where nothing is."""
+    kept = LEVELS - threshold(p)
+    return LEVELS / kept if kept else 0.0
+
+
+def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    product = value * constant  # wraps modulo 2^64: both words are still right
+    return (product >> 32) & _LOW, product & _LOW
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """bool [rows, columns] on the seed's device.
+
+    Args:
+        seed: int64 [2]: seed and offset.
+        rows: number of rows.
+        columns: number of columns.
+        p: probability of dropping, in [0, 1].
+    """
+    groups = -(-columns // 8)
+    device = seed.device
+    c0 = torch.arange(rows, device=device)[:, None].expand(rows, groups)
+    c1 = torch.arange(groups, device=device)[None, :].expand(rows, groups)
+    c2, c3 = seed[1] & _LOW, (seed[1] >> 32) & _LOW
+    k0, k1 = seed[0] & _LOW, (seed[0] >> 32) & _LOW
+    for _ in range(10):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
+    return halves.reshape(rows, groups * 8)[:, :columns] >= threshold(p)

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small adapters: IA3's scaling and the bottleneck adapter, forward and backward.
+
+Letters: M tokens, K features, R bottleneck size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast.ops import _check, _library
+from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops.nf4 import FLOATS
+
+_COMPUTE = (*FLOATS, torch.float64)
+ACTIVATIONS = ("silu", "gelu", "relu")
+
+# --- adapter_scale ------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """float32 for half types: products of a half and a float32 factor round once."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _scale_fake(x: Tensor, scale: Tensor) -> Tensor:
+    _check.check_dtype("adapter_scale", "x", x, _COMPUTE)
+    _check.check_dtype("adapter_scale", "scale", scale, _COMPUTE)
+    _check.check_shape("adapter_scale", "scale", scale, (x.shape[-1],))
+    _check.check_same_device("adapter_scale", x, scale=scale)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _scale_reference(x: Tensor, scale: Tensor) -> Tensor:
+    _scale_fake(x, scale)
+    return (_wide(x) * _wide(scale)).to(x.dtype).contiguous()
+
+
+def _scale_backward_fake(
+    grad_y: Tensor, x: Tensor, scale: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    want_x, want_scale = wanted
+    return x.new_empty(x.shape if want_x else (0,)), scale.new_empty(
+        scale.shape if want_scale else (0,)
+    )
+
+
+def _scale_backward_reference(
+    grad_y: Tensor, x: Tensor, scale: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_scale = x.new_empty(0), scale.new_empty(0)
+    if wanted[0]:
+        grad_x = (_wide(grad_y) * _wide(scale)).to(x.dtype).contiguous()
+    if wanted[1]:
+        products = (_wide(grad_y) * _wide(x)).reshape(-1, x.shape[-1])
+        grad_scale = products.sum(0).to(scale.dtype)
+    return grad_x, grad_scale
+
+
+_scale_backward = _library.define(
+    "adapter_scale_backward(Tensor grad_y, Tensor x, Tensor scale, bool[] wanted) "
+    "-> (Tensor, Tensor)",
+    fake=_scale_backward_fake,
+    reference=_scale_backward_reference,
+)
+
+
+class _AdapterScale(torch.autograd.Function):
+    """dx = dy * scale; dscale = sum of dy * x over rows."""
+
+    @staticmethod
+    def forward(ctx, x, scale):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, scale)
+        return _library.below_autograd(_scale, x, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        wanted = list(ctx.needs_input_grad)
+        grads = _scale_backward(grad_y, *ctx.saved_tensors, wanted)
+        return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+_scale = _library.define(
+    "adapter_scale(Tensor x, Tensor scale) -> Tensor",
+    fake=_scale_fake,
+    reference=_scale_reference,
+    autograd=_AdapterScale.apply,
+)
+
+
+def adapter_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """y = x * scale along the last axis: IA3 (Liu et al., "Few-shot PEFT is better ...", 2022).
+
+    The product is formed in float32 for half types and rounded once to x's dtype.
+
+    Args:
+        x: [..., K], floating point.
+        scale: [K], any floating-point dtype; its gradient has that dtype.
+
+    Returns:
+        [..., K] of x's dtype.
+
+    Raises:
+        ValueError: scale is not [K] or lies on another device.
+    """
+    y: Tensor = _scale(x, scale)
+    return y
+
+
+# --- adapter_bottleneck -------------------------------------------------------------------------
+
+_BOTTLENECK = (
+    "Tensor x, Tensor down, Tensor up, Tensor? down_bias, Tensor? up_bias, Tensor? norm_weight, "
+    "Tensor? norm_bias, str activation, float eps"
+)
+
+
+def _normed(
+    x_mk: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if weight is None:
+        return x_mk, None, None
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm(
+        x_mk, (x_mk.shape[1],), weight, bias, eps
+    )
+    return out
+
+
+def _activate(h: Tensor, activation: str) -> Tensor:
+    out: Tensor = getattr(torch.nn.functional, activation)(h)
+    return out
+
+
+def _activate_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "silu":
+        out = aten.silu_backward(grad, h)
+    elif activation == "gelu":
+        out = aten.gelu_backward(grad, h)
+    else:
+        out = aten.threshold_backward(grad, h, 0)
+    return out  # type: ignore[no-any-return]
+
+
+def _bottleneck_fake(
+    x: Tensor, down: Tensor, up: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op = "adapter_bottleneck"
+    _check.check_dtype(op, "x", x, _COMPUTE)
+    k, r = x.shape[-1], down.shape[0]
+    sizes = {
+        "down": (down, (r, k)),
+        "up": (up, (k, r)),
+        "down_bias": (down_bias, (r,)),
+        "up_bias": (up_bias, (k,)),
+        "norm_weight": (norm_weight, (k,)),
+        "norm_bias": (norm_bias, (k,)),
+    }
+    for name, (tensor, shape) in sizes.items():
+        if tensor is not None:
+            _check.check_shape(op, name, tensor, shape)
+            _check.check_dtype(op, name, tensor, (x.dtype,))
+    _check.check_same_device(op, x, down=down, up=up, norm_weight=norm_weight)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((rows, r))
+
+
+def _bottleneck_reference(
+    x: Tensor, down: Tensor, up: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _bottleneck_fake(x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps)
+    x_mk = x.reshape(-1, x.shape[-1])
+    n_mk, _, _ = _normed(x_mk, norm_weight, norm_bias, eps)
+    h_mr = torch.nn.functional.linear(n_mk, down, down_bias)
+    y_mk = torch.addmm(x_mk, _activate(h_mr, activation), up.t())
+    if up_bias is not None:
+        y_mk = y_mk + up_bias
+    return y_mk.view(x.shape), h_mr
+
+
+def _bottleneck_backward_fake(
+    grad_y: Tensor, h: Tensor, x: Tensor, down: Tensor, up: Tensor, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, activation: str, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    none = (0,)
+    return (
+        x.new_empty(x.shape),
+        down.new_empty(down.shape),
+        up.new_empty(up.shape),
+        down.new_empty((down.shape[0],)),
+        down.new_empty((up.shape[0],)),
+        x.new_empty(none if norm_weight is None else norm_weight.shape),
+        x.new_empty(none if norm_bias is None else norm_bias.shape),
+    )
+
+
+def _bottleneck_backward_reference(
+    grad_y: Tensor, h: Tensor, x: Tensor, down: Tensor, up: Tensor, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, activation: str, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dy_mk, x_mk = grad_y.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
+    n_mk, mean, rstd = _normed(x_mk, norm_weight, norm_bias, eps)
+    dh_mr = _activate_backward(dy_mk @ up, h, activation)
+    dn_mk = dh_mr @ down
+    grad_norm_w, grad_norm_b = x.new_empty(0), x.new_empty(0)
+    if norm_weight is not None:
+        dn_mk, grad_norm_w, grad_b = torch.ops.aten.native_layer_norm_backward(
+            dn_mk, x_mk, (x_mk.shape[1],), mean, rstd, norm_weight, norm_bias,
+            [True, True, norm_bias is not None],
+        )  # fmt: skip
+        if norm_bias is not None:
+            grad_norm_b = grad_b
+    return (
+        (dy_mk + dn_mk).view(x.shape),
+        dh_mr.t() @ n_mk,
+        dy_mk.t() @ _activate(h, activation),
+        dh_mr.sum(0),
+        dy_mk.sum(0),
+        grad_norm_w,
+        grad_norm_b,
+    )
+
+
+_bottleneck_backward = _library.define(
+    "adapter_bottleneck_backward(Tensor grad_y, Tensor h, Tensor x, Tensor down, Tensor up, "
+    "Tensor? norm_weight, Tensor? norm_bias, str activation, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_bottleneck_backward_fake,
+    reference=_bottleneck_backward_reference,
+)
+
+
+class _Bottleneck(torch.autograd.Function):
+    """With n = norm(x), h = n D^T + d, u = act(h): dh = act'(h) * (dy U); dx = dy + norm'(dh D)."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps
+    ):
+        y, h = _library.below_autograd(
+            _bottleneck, x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps
+        )
+        ctx.save_for_backward(h, x, down, up, norm_weight, norm_bias)
+        ctx.constants = (activation, eps)
+        ctx.mark_non_differentiable(h)
+        return y, h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, grad_y, _grad_h):  # type: ignore[no-untyped-def]
+        grads = _bottleneck_backward(grad_y, *ctx.saved_tensors, *ctx.constants)
+        need = ctx.needs_input_grad
+        return (
+            *(grad if want else None for grad, want in zip(grads, need[:7], strict=True)),
+            None,
+            None,
+        )
+
+
+_bottleneck = _library.define(
+    f"adapter_bottleneck({_BOTTLENECK}) -> (Tensor, Tensor)",
+    fake=_bottleneck_fake,
+    reference=_bottleneck_reference,
+    autograd=_Bottleneck.apply,
+)
+
+
+def adapter_bottleneck(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    activation: str = "silu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = x + act(norm(x) D^T + d) U^T + u: the bottleneck adapter of Houlsby et al. (2019).
+
+    With a LayerNorm weight, no biases and silu it is NeMo's canonical adapter; without a norm it is the
+    plain form. Computed in x's dtype (under autocast: the autocast dtype); the parameters are cast to it.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16.
+        down: D [R, K].
+        up: U [K, R].
+        down_bias: d [R].
+        up_bias: u [K].
+        norm_weight: LayerNorm weight [K]; None means no norm.
+        norm_bias: LayerNorm bias [K].
+        activation: "silu", "gelu" (the exact one) or "relu".
+        eps: of the LayerNorm.
+
+    Returns:
+        [..., K] of the compute dtype.
+
+    Raises:
+        ValueError: a shape, a device or the activation does not fit.
+    """
+    (x,) = cast_for_autocast(x)
+    params = [
+        p if p is None else p.to(x.dtype)
+        for p in (down, up, down_bias, up_bias, norm_weight, norm_bias)
+    ]
+    y: Tensor = _bottleneck(x, *params, activation, eps)[0]
+    return y

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LoRA linear layer over a dense or NF4 weight, forward and backward.
+
+Letters: M tokens, N out features, K in features, R rank. With A [R, K], B [N, R] and scale s
+(Hu et al., "LoRA", 2021), and D the dropout of the adapter's input:
+
+    z  = D(x) A^T                    y  = x W^T + bias + s z B^T
+    dz = s dy B                      dx = dy W + D(dz A)
+    dA = dz^T D(x)                   dB = s dy^T z
+
+D multiplies by keep / (1 - p); its mask is drawn again from (seed, offset), see `_philox`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast.ops import _check, _library, _philox
+from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops.nf4 import FLOATS
+from pyfast.ops.nf4_linear import nf4_linear_backward_op, nf4_linear_op
+
+_COMPUTE = (*FLOATS, torch.float64)
+_NF4_ARGS = "Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int blocksize)"
+
+
+def _check_lora(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+    dropout: float, seed: Tensor | None, absmax: Tensor | None,
+) -> None:  # fmt: skip
+    _check.check_dtype(op, "x", x, _COMPUTE)
+    _check.check_same_device(op, x, weight=weight, bias=bias, lora_A=a, lora_B=b, absmax=absmax)
+    n, k = b.shape[0], x.shape[-1]
+    _check.check_shape(op, "lora_A", a, (a.shape[0], k))
+    _check.check_shape(op, "lora_B", b, (n, a.shape[0]))
+    if absmax is None:
+        _check.check_shape(op, "weight", weight, (n, k))
+        _check.check_dtype(op, "weight", weight, (x.dtype,))
+    for name, tensor in (("bias", bias), ("lora_A", a), ("lora_B", b)):
+        if tensor is not None:
+            _check.check_dtype(op, name, tensor, (x.dtype,))
+    if bias is not None:
+        _check.check_shape(op, "bias", bias, (n,))
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"{op}: dropout must be in [0, 1], got {dropout}")
+    if dropout > 0.0 and seed is None:
+        raise ValueError(f"{op}: dropout {dropout} needs a seed, an int64 tensor of two values")
+
+
+def _dropped(x_mk: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    if dropout == 0.0 or seed is None:
+        return x_mk
+    keep = _philox.keep_mask(seed, x_mk.shape[0], x_mk.shape[1], dropout)
+    return torch.where(keep, x_mk * _philox.keep_scale(dropout), 0.0)
+
+
+def _lora_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
+    offset: Tensor | None, blocksize: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax)
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return x.new_empty((*x.shape[:-1], b.shape[0])), x.new_empty((rows, a.shape[0]))
+
+
+def _lora_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
+    offset: Tensor | None, blocksize: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax)
+    n, k = b.shape[0], x.shape[-1]
+    x_mk = x.reshape(-1, k)
+    if absmax is None:
+        y_mn = torch.nn.functional.linear(x_mk, weight, bias)
+    else:
+        y_mn = nf4_linear_op(x_mk, weight, absmax, bias, n, blocksize, nested_absmax, offset)
+    z_mr = _dropped(x_mk, dropout, seed) @ a.t()
+    y_mn = torch.addmm(y_mn, z_mr, b.t(), alpha=scale)
+    return y_mn.view(*x.shape[:-1], n), z_mr
+
+
+def _lora_backward_fake(
+    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
+    offset: Tensor | None, blocksize: int, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shapes = (x.shape, weight.shape, a.shape, b.shape)
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(tuple(shape) if want else (0,))
+        for shape, want in zip(shapes, wanted, strict=True)
+    )
+
+
+def _lora_backward_reference(
+    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
+    offset: Tensor | None, blocksize: int, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    want_x, want_w, want_a, want_b = wanted
+    n, k = b.shape[0], x.shape[-1]
+    dy_mn, x_mk = grad_y.reshape(-1, n), x.reshape(-1, k)
+    grad_x = grad_w = grad_a = grad_b = x.new_empty(0)
+    if want_x or want_a:
+        dz_mr = (dy_mn @ b).mul_(scale)
+    if want_a:
+        grad_a = dz_mr.t() @ _dropped(x_mk, dropout, seed)
+    if want_b:
+        grad_b = (dy_mn.t() @ z).mul_(scale)
+    if want_w:
+        grad_w = dy_mn.t() @ x_mk
+    if want_x:
+        if absmax is None:
+            base_mk = dy_mn @ weight
+        else:
+            base_mk = nf4_linear_backward_op(
+                dy_mn, weight, absmax, k, blocksize, nested_absmax, offset
+            )
+        if dropout == 0.0:
+            grad_x = torch.addmm(base_mk, dz_mr, a)
+        else:
+            grad_x = base_mk.add_(_dropped(dz_mr @ a, dropout, seed))
+        grad_x = grad_x.view(x.shape)
+    # Unwanted results share one empty tensor above; an op's outputs must not alias.
+    return tuple(  # type: ignore[return-value]
+        grad if want else x.new_empty(0)
+        for grad, want in zip((grad_x, grad_w, grad_a, grad_b), wanted, strict=True)
+    )
+
+
+_lora_backward = _library.define(
+    "lora_linear_backward(Tensor grad_y, Tensor x, Tensor z, Tensor weight, Tensor a, Tensor b, "
+    "float scale, float dropout, Tensor? seed, Tensor? absmax, Tensor? nested_absmax, "
+    "Tensor? offset, int blocksize, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_lora_backward_fake,
+    reference=_lora_backward_reference,
+)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Saves x, z, the factors and 16 bytes of seed; formulas at the top of this file."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset, blocksize
+    ):
+        y, z = _library.below_autograd(
+            _lora, x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset,
+            blocksize,
+        )  # fmt: skip
+        ctx.save_for_backward(x, z, weight, a, b, seed, absmax, nested_absmax, offset)
+        ctx.constants = (scale, dropout, blocksize)
+        ctx.mark_non_differentiable(z)
+        ctx.set_materialize_grads(False)
+        return y, z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, grad_y, _grad_z):  # type: ignore[no-untyped-def]
+        if grad_y is None:
+            return (None,) * 12
+        x, z, weight, a, b, seed, absmax, nested_absmax, offset = ctx.saved_tensors
+        scale, dropout, blocksize = ctx.constants
+        need = ctx.needs_input_grad
+        wanted = [need[0], need[1], need[3], need[4]]
+        grads = [None] * 4
+        if any(wanted):
+            grads = [
+                grad if want else None
+                for grad, want in zip(
+                    _lora_backward(
+                        grad_y, x, z, weight, a, b, scale, dropout, seed, absmax,
+                        nested_absmax, offset, blocksize, wanted,
+                    ),
+                    wanted,
+                    strict=True,
+                )
+            ]  # fmt: skip
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if need[2] else None
+        return grads[0], grads[1], grad_bias, grads[2], grads[3], *(None,) * 7
+
+
+_lora = _library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, "
+    f"float dropout, Tensor? seed, {_NF4_ARGS} -> (Tensor, Tensor)",
+    fake=_lora_fake,
+    reference=_lora_reference,
+    autograd=_LoraLinear.apply,
+)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    absmax: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    blocksize: int = 64,
+) -> Tensor:
+    """y = x W^T + bias + scale * dropout(x) A^T B^T; differentiable in x, W, bias, A and B.
+
+    Everything is computed in x's dtype (under autocast: the autocast dtype), sums in float32; A, B and
+    bias of another dtype are cast, and their gradients come back in their own dtype.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16.
+        weight: [N, K] of x's dtype; or, with `absmax`, NF4 bytes uint8 [ceil(N K / 2), 1].
+        a: lora_A, [R, K], any rank.
+        b: lora_B, [N, R].
+        scale: lora_alpha / R, or lora_alpha / sqrt(R) for rsLoRA.
+        bias: [N].
+        dropout: probability of dropping an element of the adapter's input, in steps of 1 / 65536.
+        absmax: scales of an NF4 weight: float32 [B], or uint8 codes with the two nested fields.
+        nested_absmax: float32 [ceil(B / 256)].
+        nested_offset: float32 scalar.
+        blocksize: elements that share a scale.
+
+    Returns:
+        [..., N] of the compute dtype.
+
+    Raises:
+        ValueError: shapes, devices or the dropout do not fit.
+        TypeError: a dense weight's dtype is not the compute dtype.
+        QuantStateError: an NF4 weight's parts do not fit [N, K].
+    """
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    dtype = x.dtype
+    if bias is not None:
+        bias = bias.to(dtype)
+    seed = None
+    if dropout > 0.0:
+        seed = torch.empty(2, dtype=torch.int64, device=x.device).random_()
+    y: Tensor = _lora(
+        x, weight, bias, a.to(dtype), b.to(dtype), scale, dropout, seed, absmax, nested_absmax,
+        nested_offset, blocksize,
+    )[0]  # fmt: skip
+    return y

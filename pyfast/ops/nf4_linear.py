@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layer over a frozen NF4 weight, forward and backward.
+
+Letters: M tokens, N out features, K in features, B quantisation blocks.
+
+    y = x W^T + bias        dx = dy W        W = dequantised to x's dtype, exactly bitsandbytes' values
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyfast.ops import _check, _library
+from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops.nf4 import FLOATS, dequantize_into, dequantize_reference, missing_kernel
+
+_SLAB_ELEMENTS = 1 << 21
+"""Weights that the CPU path dequantises at a time: 4 MiB of bf16, which stays in the cache."""
+
+
+def _linear_check(
+    op: str, inner: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None,
+    n: int, k: int, blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> None:  # fmt: skip
+    _check.check_dtype(op, "input", inner, (*FLOATS, torch.float64))
+    _check.check_quantized(op, packed, absmax, n * k, blocksize, nested_absmax, offset)
+    _check.check_same_device(op, inner, weight=packed, bias=bias)
+    if bias is not None:
+        _check.check_shape(op, "bias", bias, (n,))
+        _check.check_dtype(op, "bias", bias, (inner.dtype,))
+
+
+def _linear_fake(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    k = x.shape[-1]
+    _linear_check("nf4_linear", x, packed, absmax, bias, out_features, k, blocksize,
+                  nested_absmax, offset)  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_reference(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _linear_fake(x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset)
+    shape = (out_features, x.shape[-1])
+    w = dequantize_reference(packed, absmax, shape, x.dtype, blocksize, nested_absmax, offset)
+    return torch.nn.functional.linear(x, w, bias)
+
+
+def _slabs(n: int, k: int, blocksize: int) -> list[tuple[int, int]]:
+    """Row ranges of W[n, k] of about `_SLAB_ELEMENTS`, each starting on a block's first element."""
+    step = blocksize // math.gcd(k, blocksize)
+    rows = max(step, _SLAB_ELEMENTS // max(k, 1) // step * step)
+    return [(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _linear_kernel(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    args = (x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset)
+    if reason := missing_kernel(x, x.dtype):
+        result: Tensor = _library.fall_back("nf4_linear", reason, *args)
+        return result
+    out = _linear_fake(*args)
+    k = x.shape[-1]
+    x_mk, out_mn = x.reshape(-1, k), out.view(-1, out_features)
+    if x.device.type == "cuda":
+        w = scratch(out_features * k, x).view(out_features, k)
+        dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
+        return torch.nn.functional.linear(x, w, bias)
+    slabs = _slabs(out_features, k, blocksize)
+    buffer = x.new_empty((slabs[0][1] * k if slabs else 0,))
+    for start, stop in slabs:
+        w = buffer[: (stop - start) * k].view(stop - start, k)
+        first = start * k // blocksize
+        dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset, first)
+        part = None if bias is None else bias[start:stop]
+        out_mn[:, start:stop] = torch.nn.functional.linear(x_mk, w, part)
+    _library.record("nf4_linear", "nf4_linear_slabs")
+    return out
+
+
+def _linear_backward_fake(
+    grad_y: Tensor, packed: Tensor, absmax: Tensor, in_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    n = grad_y.shape[-1]
+    _linear_check("nf4_linear_backward", grad_y, packed, absmax, None, n, in_features, blocksize,
+                  nested_absmax, offset)  # fmt: skip
+    return grad_y.new_empty((*grad_y.shape[:-1], in_features))
+
+
+def _linear_backward_reference(
+    grad_y: Tensor, packed: Tensor, absmax: Tensor, in_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _linear_backward_fake(grad_y, packed, absmax, in_features, blocksize, nested_absmax, offset)
+    shape = (grad_y.shape[-1], in_features)
+    dtype = grad_y.dtype
+    w = dequantize_reference(packed, absmax, shape, dtype, blocksize, nested_absmax, offset)
+    return grad_y @ w
+
+
+def _linear_backward_kernel(
+    grad_y: Tensor, packed: Tensor, absmax: Tensor, in_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    args = (grad_y, packed, absmax, in_features, blocksize, nested_absmax, offset)
+    if reason := missing_kernel(grad_y, grad_y.dtype):
+        result: Tensor = _library.fall_back("nf4_linear_backward", reason, *args)
+        return result
+    _linear_backward_fake(*args)
+    # The contraction runs over the rows of W, so slabs would be summed in the output's dtype and round
+    # once a slab; the whole matrix goes into a reused buffer instead.
+    n = grad_y.shape[-1]
+    w = scratch(n * in_features, grad_y).view(n, in_features)
+    dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
+    _library.record("nf4_linear_backward", "nf4_linear_scratch")
+    return grad_y @ w
+
+
+_scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+
+def scratch(numel: int, like: Tensor) -> Tensor:
+    """A buffer of `numel` elements, reused per device, dtype and stream: valid until the next call.
+
+    Work on one stream is ordered, so the next user's writes come after the last one's reads. Inside a
+    CUDA-graph capture a fresh tensor is returned: a graph owns the memory it replays on.
+    """
+    stream = 0
+    if like.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return like.new_empty((numel,))
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+    key = (like.device, like.dtype, stream)
+    held = _scratch.get(key)
+    if held is None or held.numel() < numel:
+        held = _scratch[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
+    return held[:numel]
+
+
+_NESTED = "int blocksize, Tensor? nested_absmax, Tensor? offset) -> Tensor"
+nf4_linear_backward_op = _library.define(
+    f"nf4_linear_backward(Tensor grad_y, Tensor packed, Tensor absmax, SymInt in_features, {_NESTED}",
+    fake=_linear_backward_fake,
+    reference=_linear_backward_reference,
+    kernel=_linear_backward_kernel,
+)
+
+
+class _NF4Linear(torch.autograd.Function):
+    """dx = dy W; dbias = sum of dy over rows. The packed weight has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+        ctx.geometry = (x.shape[-1], blocksize)
+        return _library.below_autograd(
+            nf4_linear_op, x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        packed, absmax, nested_absmax, offset = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = nf4_linear_backward_op(
+                grad_y, packed, absmax, *ctx.geometry, nested_absmax, offset
+            )
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+        return grad_x, None, None, grad_bias, None, None, None, None
+
+
+nf4_linear_op = _library.define(
+    "nf4_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? bias, SymInt out_features, "
+    + _NESTED,
+    fake=_linear_fake,
+    reference=_linear_reference,
+    kernel=_linear_kernel,
+    autograd=_NF4Linear.apply,
+)
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    blocksize: int = 64,
+    nested_absmax: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias with W [N, K] stored in NF4; differentiable in x and bias.
+
+    W is dequantised to x's dtype, so the product sees exactly `nf4_dequantize`'s values. Under autocast
+    x and bias are cast to the autocast dtype.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16.
+        packed: uint8 [ceil(N K / 2), 1].
+        absmax: float32 [B], or uint8 codes [B] with `nested_absmax` and `nested_offset`.
+        bias: [N] of x's dtype.
+        out_features: N.
+        blocksize: elements that share a scale.
+        nested_absmax: float32 [ceil(B / 256)].
+        nested_offset: float32 scalar.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        QuantStateError: the parts do not fit [N, K].
+    """
+    x, bias = cast_for_autocast(x, bias)
+    y: Tensor = nf4_linear_op(
+        x, packed, absmax, bias, out_features, blocksize, nested_absmax, nested_offset
+    )
+    return y
