@@ -75,7 +75,7 @@ class _AdapterScale(torch.autograd.Function):
         return _library.below_autograd(_scale, x, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         wanted = list(ctx.needs_input_grad)
         grads = _scale_backward(grad_y, *ctx.saved_tensors, wanted)
@@ -254,7 +254,7 @@ class _Bottleneck(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, _grad_h):  # type: ignore[no-untyped-def]
         grads = _bottleneck_backward(grad_y, *ctx.saved_tensors, *ctx.constants)
         need = ctx.needs_input_grad

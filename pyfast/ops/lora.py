@@ -159,7 +159,7 @@ class _LoraLinear(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, _grad_z):  # type: ignore[no-untyped-def]
         if grad_y is None:
             return (None,) * 12

@@ -168,7 +168,7 @@ class _NF4Linear(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         packed, absmax, nested_absmax, offset = ctx.saved_tensors
         grad_x = grad_bias = None

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of a family's table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Role(Enum):
+    """What a linear module does inside a transformer layer."""
+
+    Q = "query"
+    K = "key"
+    V = "value"
+    QKV = "fused query, key and value"
+    ATTENTION_OUT = "attention output"
+    GATE = "gate"
+    UP = "up (first MLP projection)"
+    DOWN = "down (last MLP projection)"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: as `pyfast info` prints it.
+        model_types: transformers' `config.model_type` values.
+        layers: path of the list of layers from the model's root.
+        roles: module path inside a layer to its role.
+        lora_targets: what `target_modules=None` means, PEFT's default for the family.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str
+    roles: Mapping[str, Role]
+    lora_targets: tuple[str, ...]

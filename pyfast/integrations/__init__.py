@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridges to transformers, PEFT and bitsandbytes; none of them is imported before it is needed."""
+
+from pyfast.integrations import bitsandbytes, transformers
+from pyfast.integrations.accelerate import Report, accelerate
+from pyfast.integrations.peft import adapter_state_dict, load_adapter, save_adapter
+from pyfast.integrations.transformers import apply
+
+__all__ = [
+    "Report",
+    "accelerate",
+    "adapter_state_dict",
+    "apply",
+    "bitsandbytes",
+    "load_adapter",
+    "save_adapter",
+    "transformers",
+]

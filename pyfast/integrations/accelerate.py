@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-line drop-in: serve the linears of an existing PEFT or bitsandbytes model by our ops.
+
+A served module becomes an instance of a subclass of its own class that shares all its state, so names,
+parameters, hooks, state-dict keys and the library's own functions (merge, disable, save) stay as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyfast.integrations.bitsandbytes import unsupported_reason, view_linear4bit
+from pyfast.methods.base import adapted_modules, replace_module
+from pyfast.nn import AdapterLayer, NF4Linear, weight_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one module: the op that serves it, or why it was left alone."""
+
+    path: str
+    module: str
+    op: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What `accelerate` did, module by module; print it for a summary."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def served(self) -> list[Row]:
+        """Rows of modules that pyfast serves."""
+        return [row for row in self.rows if row.op]
+
+    @property
+    def left(self) -> list[Row]:
+        """Rows of modules that were left alone."""
+        return [row for row in self.rows if not row.op]
+
+    def __str__(self) -> str:
+        lines = [f"pyfast serves {len(self.served)} of {len(self.rows)} linear modules"]
+        groups = Counter((row.module, row.op, row.reason) for row in self.rows)
+        for (module, op, reason), count in groups.items():
+            what = f"pyfast.{op}" if op else f"left alone: {reason}"
+            first = next(
+                r.path for r in self.rows if (r.module, r.op, r.reason) == (module, op, reason)
+            )
+            lines.append(f"  {count:4d} x {module}: {what} (first: {first})")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Serve a model's adapted and 4-bit linears by pyfast's ops, in place.
+
+    Handles PEFT's LoRA layers over dense and bitsandbytes 4-bit weights, and bare `Linear4bit` layers.
+    Parameters, names and state-dict keys do not change, so optimisers and checkpoints stay valid.
+
+    Args:
+        model: a `PeftModel`, a transformers model loaded in 4 bits, or any module tree.
+
+    Returns:
+        A report with one row for each linear module.
+    """
+    report = Report()
+    lora_layer: Any = sys.modules.get("peft.tuners.lora.layer")
+    bnb: Any = sys.modules.get("bitsandbytes.nn.modules")
+    inside: list[str] = []
+    # Inner modules first: an adapted layer's base is served before the layer is looked at.
+    for path, module in reversed(list(model.named_modules())):
+        name = type(module).__name__
+        if lora_layer is not None and isinstance(module, lora_layer.LoraLayer):
+            reason = _lora_reason(module)
+            if not reason:
+                replace_module(model, path, _served(module, _LoraForward))
+            report.rows.append(Row(path, f"PEFT {name}", "" if reason else "lora_linear", reason))
+            inside.append(f"{path}.")
+        elif bnb is not None and isinstance(module, bnb.Linear4bit):
+            reason = unsupported_reason(module)
+            if not reason:
+                replace_module(model, path, _served(module, _Linear4bitForward))
+            report.rows.append(Row(path, name, "" if reason else "nf4_linear", reason))
+        elif isinstance(module, NF4Linear):
+            report.rows.append(Row(path, name, "nf4_linear", ""))
+        elif weight_of(module) is not None:
+            reason = "a dense linear without adapter: torch serves it best"
+            report.rows.append(Row(path, name, "", reason))
+    adapted = adapted_modules(model)
+    for path, layer in adapted.items():
+        if isinstance(layer, AdapterLayer):
+            report.rows.append(Row(path, type(layer).__name__, "lora_linear", ""))
+            inside.append(f"{path}.")
+    report.rows = [r for r in report.rows if not any(r.path.startswith(p) for p in inside)]
+    report.rows.reverse()
+    return report
+
+
+def _lora_reason(module: Any) -> str:
+    """Why a PEFT LoRA layer cannot be served; empty if it can."""
+    base = module.get_base_layer()
+    if weight_of(base) is None:
+        if hasattr(base, "compute_dtype") and hasattr(base.weight, "quant_state"):
+            return unsupported_reason(base)
+        return f"its base layer {type(base).__name__} is not a linear that pyfast knows"
+    if getattr(module, "lora_variant", None):
+        return "it uses a LoRA variant such as DoRA"
+    if any(module.lora_bias.values()):
+        return "it has a bias in lora_B"
+    if module.lora_embedding_A:
+        return "it adapts an embedding"
+    return ""
+
+
+def _served(module: nn.Module, mixin: type) -> nn.Module:
+    if isinstance(module, mixin):
+        return module
+    cls = _served_class(type(module), mixin)
+    twin: nn.Module = cls.__new__(cls)
+    twin.__dict__ = module.__dict__
+    return twin
+
+
+@cache
+def _served_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
+    served = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    served.__qualname__ = cls.__qualname__
+    return served
+
+
+class _LoraForward:
+    """Forward of a PEFT LoRA layer through `lora_linear` where one plain adapter is active."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        weight = None
+        if not (args or kwargs or layer.disable_adapters or layer.merged) and len(active) == 1:
+            weight = weight_of(layer.get_base_layer())
+        if weight is None or layer.lora_variant or layer.lora_bias[active[0]]:
+            out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return out
+        name = active[0]
+        dropout = layer.lora_dropout[name]
+        p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return weight.lora_linear(x, a, b, layer.scaling[name], p)
+
+
+class _Linear4bitForward:
+    """Forward of bitsandbytes' `Linear4bit` through `nf4_linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        if layer.compute_dtype is None:
+            layer.set_compute_type(x)
+        weight = view_linear4bit(layer)
+        if weight is None:
+            out: Tensor = super().forward(x)  # type: ignore[misc]
+            return out
+        return weight.linear(x)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: y = x W^T + s * dropout(x) A^T B^T (Hu et al., 2021), s = alpha / r, rsLoRA alpha / sqrt(r).
+
+With an NF4 base the same method is QLoRA (Dettmers et al., 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfast.errors import ConfigError, UnsupportedError
+from pyfast.methods.base import Plan, register_method, replace_module
+from pyfast.methods.saved import plan_saved
+from pyfast.methods.targets import (
+    check_patterns,
+    linear_modules,
+    match_saved,
+    match_targets,
+    pattern_value,
+)
+from pyfast.nn import AdapterLayer, NF4Linear, Weight, weight_of
+
+
+@dataclass
+class LoraConfig:
+    """LoRA's settings; names, defaults and meaning are those of PEFT's `LoraConfig`.
+
+    Attributes:
+        r: rank R.
+        target_modules: names that end a module's path, a regular expression for the whole path, or
+            "all-linear"; None takes the family's default.
+        exclude_modules: same forms; removed from the targets.
+        lora_alpha: numerator of the scale.
+        lora_dropout: dropout of the adapter's input while training.
+        use_rslora: scale alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023).
+        modules_to_save: names of modules trained whole and saved with the adapter.
+        init_lora_weights: True: A uniform (Kaiming, a = sqrt 5), B zero; "gaussian": A normal with
+            standard deviation 1 / r, B zero; False: both as `nn.Linear` (for tests).
+        layers_to_transform: layer indices to adapt; None means all.
+        layers_pattern: name of the list of layers for `layers_to_transform`.
+        rank_pattern: end of a module's path (regular expression) to its own rank.
+        alpha_pattern: the same for lora_alpha.
+        bias: "none"; others are refused.
+        use_dora: refused until the fused kernels carry it.
+        fan_in_fan_out: accepted; the layout is read off the module.
+        task_type, base_model_name_or_path, revision, inference_mode: written to the adapter's file.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError or UnsupportedError for values that cannot be served."""
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if type(rank) is not int or rank < 1:
+                raise ConfigError(
+                    f"LoraConfig: rank {name}={rank!r} must be an integer of at least 1"
+                )
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+            if not number or not math.isfinite(alpha) or alpha == 0:
+                raise ConfigError(
+                    f"LoraConfig: {name}={alpha!r} must be a finite number other than 0"
+                )
+        number = isinstance(self.lora_dropout, (int, float))
+        if not number or not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"LoraConfig: lora_dropout={self.lora_dropout!r} must be in [0, 1)")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise UnsupportedError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} is not served; use True, "
+                "False or 'gaussian'"
+            )
+        if self.bias != "none":
+            raise UnsupportedError(f"LoraConfig: bias={self.bias!r} is not served; use bias='none'")
+        if self.use_dora:
+            raise UnsupportedError(
+                "LoraConfig: use_dora=True is not served yet; use use_dora=False, or PEFT for DoRA"
+            )
+
+    def scale(self, path: str) -> float:
+        """s for the module at a path."""
+        alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        rank = self.rank(path)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def rank(self, path: str) -> int:
+        """R for the module at a path."""
+        return int(pattern_value(self.rank_pattern, path, self.r))
+
+
+class LoraLinear(AdapterLayer):
+    """A linear layer of any weight format with LoRA adapters; parameters `lora_A.<name>.weight` [R, K]
+    and `lora_B.<name>.weight` [N, R]."""
+
+    containers = ("lora_A", "lora_B")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+
+    def add(
+        self,
+        name: str,
+        rank: int,
+        scale: float,
+        dropout: float,
+        init: bool | str,
+        dtype: torch.dtype,
+    ) -> None:
+        """Add an adapter; see `LoraConfig.init_lora_weights`."""
+        weight = self.base_weight
+        a = nn.Linear(weight.in_features, rank, bias=False, device=weight.device, dtype=dtype)
+        b = nn.Linear(rank, weight.out_features, bias=False, device=weight.device, dtype=dtype)
+        if init is not False:
+            if init == "gaussian":
+                nn.init.normal_(a.weight, std=1 / rank)
+            else:
+                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            nn.init.zeros_(b.weight)
+        self.lora_A[name], self.lora_B[name] = a, b
+        self.scaling[name], self.dropout[name] = scale, dropout
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self.scaling.pop(name, None)
+        self.dropout.pop(name, None)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., K] to [..., N] with every active adapter; the first one is fused with the base."""
+        if not self.enabled or not self.active or self.merged:
+            out: Tensor = self.base_layer(x, *args, **kwargs)
+            return out
+        first, *others = self.active
+        a, b = self._factors(first)
+        dropout = self.dropout[first] if self.training else 0.0
+        y = self.base_weight.lora_linear(x, a, b, self.scaling[first], dropout)
+        for name in others:
+            a, b = self._factors(name)
+            dropped = nn.functional.dropout(x.to(a.dtype), self.dropout[name], self.training)
+            low = nn.functional.linear(nn.functional.linear(dropped, a), b)
+            y = y + (low * self.scaling[name]).to(y.dtype)
+        return y
+
+    def delta(self, name: str) -> Tensor:
+        """s B A in float32."""
+        a, b = self._factors(name)
+        return (b.float() @ a.float()) * self.scaling[name]
+
+
+class LoraMethod:
+    """Wraps the target linears in `LoraLinear` and freezes everything else."""
+
+    name = "LoRA"
+    config_type = LoraConfig
+    peft_type = "LORA"
+
+    def plan(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        *,
+        allow_unmatched: bool,
+        autocast_adapter_dtype: bool,
+    ) -> Plan:
+        """Match the targets; see `Method.plan`."""
+        config.check()
+        paths = match_targets(
+            model,
+            config.target_modules,
+            exclude=config.exclude_modules,
+            layers=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+            allow_unmatched=allow_unmatched,
+        )
+        check_patterns("rank_pattern", config.rank_pattern, paths)
+        check_patterns("alpha_pattern", config.alpha_pattern, paths)
+        saved = plan_saved(model, match_saved(model, config.modules_to_save, paths), adapter_name)
+        linears = linear_modules(model)
+        shapes: dict[str, tuple[int, ...]] = dict(saved.shapes)
+        for path in paths:
+            weight = _weight(linears[path])
+            rank = config.rank(path)
+            shapes[f"{path}.lora_A.weight"] = (rank, weight.in_features)
+            shapes[f"{path}.lora_B.weight"] = (weight.out_features, rank)
+
+        def commit() -> None:
+            for path in paths:
+                layer = model.get_submodule(path)
+                if not isinstance(layer, LoraLinear):
+                    layer = LoraLinear(layer)
+                    layer.train(layer.base_layer.training)
+                    replace_module(model, path, layer)
+                layer.add(
+                    adapter_name,
+                    config.rank(path),
+                    config.scale(path),
+                    config.lora_dropout,
+                    config.init_lora_weights,
+                    _adapter_dtype(layer.base_weight, autocast_adapter_dtype),
+                )
+            saved.commit()
+
+        return Plan(shapes, commit)
+
+
+def _weight(module: nn.Module) -> Weight:
+    weight = weight_of(module)
+    assert weight is not None, "linear_modules returned a module without a weight"
+    return weight
+
+
+def _adapter_dtype(weight: Weight, autocast: bool) -> torch.dtype:
+    """PEFT's rule: adapters of half-precision (and quantised) weights are float32 unless told not to be."""
+    return torch.float32 if autocast and weight.dtype.itemsize <= 2 else weight.dtype
+
+
+register_method(LoraMethod())
+
+
+def quantize_linears(model: nn.Module, paths: Iterable[str], blocksize: int, nested: bool) -> None:
+    """Replace the linears at these paths by `NF4Linear`, one at a time to keep the peak low."""
+    for path in paths:
+        weight = _weight(model.get_submodule(path))
+        replace_module(
+            model, path, NF4Linear.from_weight(weight, blocksize=blocksize, nested=nested)
+        )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFT: full fine-tuning of all weights, or of all but the modules that are named frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pyfast.errors import AdapterStateError, TargetModuleError, UnsupportedError
+from pyfast.methods.base import Plan, adapted_modules, register_method
+from pyfast.nn import NF4Linear
+
+
+@dataclass
+class SFTConfig:
+    """Settings of full fine-tuning.
+
+    Attributes:
+        freeze_modules: names that end a module's path; the parameters inside stay as they are.
+    """
+
+    freeze_modules: list[str] | None = None
+
+
+class SFTMethod:
+    """Makes every floating-point parameter trainable."""
+
+    name = "SFT"
+    config_type = SFTConfig
+    peft_type = None
+
+    def plan(
+        self,
+        model: nn.Module,
+        config: SFTConfig,
+        adapter_name: str,
+        *,
+        allow_unmatched: bool,
+        autocast_adapter_dtype: bool,
+    ) -> Plan:
+        """Check that the weights are dense and the names match; see `Method.plan`."""
+        if adapted_modules(model):
+            raise AdapterStateError(
+                "SFT trains the whole model, but it carries adapters; merge or delete them first"
+            )
+        quantised = [
+            path for path, module in model.named_modules() if isinstance(module, NF4Linear)
+        ]
+        if quantised:
+            raise UnsupportedError(
+                f"SFT cannot train 4-bit weights ({len(quantised)} layers, first {quantised[0]!r}); "
+                "load the model dense, or use LoraConfig"
+            )
+        names = config.freeze_modules or []
+        frozen: set[str] = set()
+        for name in names:
+            hit = [p for p, _ in model.named_modules() if p == name or p.endswith(f".{name}")]
+            if not hit and not allow_unmatched:
+                raise TargetModuleError(
+                    f"freeze_modules: {name!r} matches no module of {type(model).__name__}. "
+                    "Nothing was changed"
+                )
+            frozen.update(hit)
+
+        def commit() -> None:
+            for path, parameter in model.named_parameters():
+                inside = any(path == p or path.startswith(f"{p}.") for p in frozen)
+                parameter.requires_grad_(parameter.is_floating_point() and not inside)
+
+        return Plan({}, commit)
+
+
+register_method(SFTMethod())

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frame of an adapted module: one frozen base layer and any number of named adapters.
+
+Parameter names are PEFT's: `base_layer.weight`, `lora_A.<adapter>.weight`, and
+`original_module` / `modules_to_save.<adapter>` for modules trained whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfast.errors import AdapterStateError
+from pyfast.nn.weight import DenseWeight, Weight, weight_of
+
+
+class AdapterLayer(nn.Module):
+    """A base layer with adapters; a method's subclass holds the parameters and the forward.
+
+    A subclass names its containers (ModuleDict or ParameterDict, keyed by adapter) in `containers` and
+    implements `delta`.
+    """
+
+    containers: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.active: list[str] = []
+        self.enabled = True
+        self.merged: list[str] = []
+        self._unmerged: Any = None
+
+    @property
+    def base_weight(self) -> Weight:
+        """The frozen weight."""
+        weight = weight_of(self.base_layer)
+        if weight is None:
+            raise AdapterStateError(f"{type(self.base_layer).__name__} is no longer a linear layer")
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight tensor, for code that asks a linear layer for it."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.base_weight.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.base_weight.out_features
+
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters that this layer holds."""
+        return list(getattr(self, self.containers[0]))
+
+    def adapter_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """`(container + parameter path without the adapter's name, parameter)` of one adapter."""
+        for container in self.containers:
+            held = getattr(self, container)
+            if name not in held:
+                continue
+            entry = held[name]
+            if isinstance(entry, nn.Parameter):
+                yield container, entry
+            else:
+                for path, parameter in entry.named_parameters():
+                    yield f"{container}.{path}", parameter
+
+    def set_active(self, names: list[str]) -> None:
+        """Choose the adapters that take part in the forward."""
+        self.active = [name for name in names if name in self.adapter_names()]
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        for container in self.containers:
+            held = getattr(self, container)
+            if name in held:
+                del held[name]
+        self.active = [active for active in self.active if active != name]
+
+    def delta(self, name: str) -> Tensor:
+        """What merging the adapter adds to W [N, K], in float32."""
+        raise NotImplementedError
+
+    def merge(self, names: list[str], dtype: torch.dtype | None) -> None:
+        """Add the adapters' deltas to the base weight; `unmerge` restores it bit for bit.
+
+        An NF4 base becomes a dense layer of `dtype` (default: the dtype it was quantised from).
+        """
+        weight = self.base_weight
+        dense = weight.dense().float()
+        for name in names:
+            dense = dense + self.delta(name)
+        if isinstance(weight, DenseWeight):
+            target: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
+            stored = dense if weight.tensor is target else dense.t()
+            self._unmerged = target.data
+            target.data = stored.to(target.dtype).contiguous()
+        else:
+            self._unmerged = self.base_layer
+            self.base_layer = dense_linear(weight, dense.to(dtype or weight.dtype))
+        self.merged = list(names)
+
+    def unmerge(self) -> None:
+        """Put the weight back that `merge` replaced."""
+        if isinstance(self._unmerged, nn.Module):
+            self.base_layer = self._unmerged
+        else:
+            self.base_layer.weight.data = self._unmerged
+        self._unmerged = None
+        self.merged = []
+
+
+def dense_linear(weight: Weight, matrix: Tensor) -> nn.Linear:
+    """A frozen `nn.Linear` with W [N, K] = matrix and the weight's bias."""
+    layer = nn.Linear(
+        weight.in_features, weight.out_features, weight.bias is not None, device="meta"
+    )
+    layer.weight = nn.Parameter(matrix, requires_grad=False)
+    if weight.bias is not None:
+        layer.bias = nn.Parameter(weight.bias.detach().to(matrix.dtype), requires_grad=False)
+    return layer
+
+
+class SavedModule(nn.Module):
+    """A module trained whole beside the adapters (`modules_to_save`): the original and copies by name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.active: list[str] = []
+        self.enabled = True
+
+    def add(self, name: str) -> None:
+        """Add a trainable copy of the original under an adapter's name."""
+        twin = copy.deepcopy(self.original_module)
+        self.modules_to_save[name] = twin.requires_grad_(True)
+
+    def adapter_names(self) -> list[str]:
+        """Names that have a copy."""
+        return list(self.modules_to_save)
+
+    def adapter_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """`(parameter path, parameter)` of one copy."""
+        if name in self.modules_to_save:
+            yield from self.modules_to_save[name].named_parameters()
+
+    def set_active(self, names: list[str]) -> None:
+        """The first of the names that has a copy takes part in the forward."""
+        self.active = [name for name in names if name in self.modules_to_save][:1]
+
+    def remove(self, name: str) -> None:
+        """Forget a copy."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+        self.active = [active for active in self.active if active != name]
+
+    def current(self) -> nn.Module:
+        """The module that serves now."""
+        if self.enabled and self.active:
+            return self.modules_to_save[self.active[0]]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of the module that serves now."""
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.current(), name)
