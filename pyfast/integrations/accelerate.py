@@ -129,7 +129,7 @@ def _served(module: nn.Module, mixin: type) -> nn.Module:
 
 
 @cache
-def _served_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
+def _served_class(cls: Any, mixin: type) -> type[nn.Module]:
     served = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
     served.__qualname__ = cls.__qualname__
     return served

@@ -47,4 +47,4 @@ def unsupported_reason(module: nn.Module) -> str:
     return ""
 
 
-register_format("bitsandbytes.nn.modules.Linear4bit", view_linear4bit)  # type: ignore[arg-type]
+register_format("bitsandbytes.nn.modules.Linear4bit", view_linear4bit)

@@ -83,7 +83,7 @@ class _AdaptedModel:
     _hf_peft_config_loaded = True
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write the adapters in PEFT's format ("default" here, others below); full model if there are none."""
+        """Write the adapters in PEFT's format: "default" here, others in folders of their name."""
         model: Any = self
         names = adapter_configs(model)
         if not adapted_modules(model):
@@ -99,7 +99,7 @@ class _AdaptedModel:
 
 
 @cache
-def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _adapted_class(cls: Any) -> type[nn.Module]:
     adapted = type(cls.__name__, (_AdaptedModel, cls), {"__module__": cls.__module__})
     adapted.__qualname__ = cls.__qualname__
     return adapted

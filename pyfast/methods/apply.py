@@ -68,7 +68,14 @@ def coerce_config(config: Any) -> tuple[Method, Any]:
 
 # Fields of PEFT's configs that say nothing about the computation, or only with another field set.
 _INERT = frozenset(
-    ["peft_type", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"]
+    [
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+    ]
 )
 
 
@@ -357,7 +364,7 @@ def quantize(
         if path not in heads
         and not isinstance(module, NF4Linear)
         and getattr(module, "weight", None) is not None
-        and module.weight.is_floating_point()  # type: ignore[operator, union-attr]
+        and module.weight.is_floating_point()  # type: ignore[operator]
         and not any(full_match(rf"(.*\.)?{name}", path) for name in skipped)
     ]
     if not paths:

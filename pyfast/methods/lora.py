@@ -181,7 +181,7 @@ class LoraMethod:
 
     name = "LoRA"
     config_type = LoraConfig
-    peft_type = "LORA"
+    peft_type: str | None = "LORA"
 
     def plan(
         self,

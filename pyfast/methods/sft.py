@@ -28,7 +28,7 @@ class SFTMethod:
 
     name = "SFT"
     config_type = SFTConfig
-    peft_type = None
+    peft_type: str | None = None
 
     def plan(
         self,

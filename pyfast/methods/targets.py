@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
 
 import regex
@@ -153,7 +154,7 @@ def layer_index(path: str, patterns: Iterable[str] = ()) -> int | None:
     """Index of the layer a module path lies in: the number after one of the names, or the first number."""
     parts = path.split(".")
     names = list(patterns)
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in itertools.pairwise(parts):
         if part.isdigit() and (not names or before in names):
             return int(part)
     return None

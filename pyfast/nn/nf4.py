@@ -116,7 +116,7 @@ class NF4Linear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in pack_state(self.nf4_weight()).items():
             destination[f"{prefix}weight.{name}"] = value
 
@@ -143,7 +143,7 @@ class NF4Linear(nn.Module):
                 self._buffers[name] = None if value is None else value.to(device, copy=True)
             self.blocksize, self.original_dtype = weight.blocksize, weight.original_dtype
             state_dict[f"{prefix}weight"] = weight.packed
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def pack_state(weight: NF4Weight) -> dict[str, Tensor]:
@@ -258,7 +258,8 @@ def _read_facts(blob: Tensor, module: str) -> dict[str, Any]:
         offset = facts.get("nested_offset")
         finite = type(offset) in (int, float) and abs(offset) < 3.4e38
         _require(finite, module, f"nested_offset {offset!r} is not a finite number")
-    return facts
+    checked: dict[str, Any] = facts
+    return checked
 
 
 register_format("pyfast.nn.nf4.NF4Linear", lambda module: module.nf4_weight())  # type: ignore[operator]

@@ -180,7 +180,7 @@ def weight_of(module: nn.Module) -> Weight | None:
     for cls in type(module).__mro__:
         view = _formats.get(f"{cls.__module__}.{cls.__qualname__}")
         if view is not None:
-            kept = type(module).forward is cls.forward
+            kept = type(module).forward is getattr(cls, "forward", None)
             return view(module) if kept else None
     return None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_LIB: Any = torch.library.Library("pyfast", "DEF")
+_LIB: Any = torch.library.Library("pyfast", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 

@@ -55,6 +55,6 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+    words = torch.stack([word.expand(rows, groups) for word in (c0, c1, c2, c3)], dim=-1)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
     return halves.reshape(rows, groups * 8)[:, :columns] >= threshold(p)
