@@ -122,7 +122,7 @@ def _lora_reason(module: Any) -> str:
 def _served(module: nn.Module, mixin: type) -> nn.Module:
     if isinstance(module, mixin):
         return module
-    cls = _served_class(type(module), mixin)
+    cls = _served_class(type(module), mixin)  # type: ignore[arg-type]
     twin: nn.Module = cls.__new__(cls)
     twin.__dict__ = module.__dict__
     return twin

@@ -72,7 +72,7 @@ def adopt(model: nn.Module) -> None:
     if library is None or not isinstance(model, library.PreTrainedModel):
         return
     if adapted_modules(model) and not issubclass(type(model), _AdaptedModel):
-        model.__class__ = _adapted_class(type(model))
+        model.__class__ = _adapted_class(type(model))  # type: ignore[arg-type]
 
 
 class _AdaptedModel:

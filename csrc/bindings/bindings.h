@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the files of the Python binding share. Device -1 is the CPU; pointers and streams are integers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "common/variant.h"
+
+namespace pyfast {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);  // NOLINT: the interface is integers
+}
+
+// A list of {"name", "device", "reason"}; throws for an op that does not exist.
+pybind11::list variants(const std::string& op);
+
+void bind_nf4(pybind11::module_& m);
+
+}  // namespace pyfast

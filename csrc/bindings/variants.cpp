@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/bindings.h"
+#include "nf4/nf4.h"
+
+namespace py = pybind11;
+
+namespace pyfast {
+
+py::list variants(const std::string& op) {
+  const std::vector<VariantInfo> rows = nf4::variants(op);
+  PYFAST_CHECK(!rows.empty(), "variants: there is no op \"", op,
+               "\"; there are nf4_quantize, nf4_nest and nf4_dequantize");
+  py::list list;
+  for (const VariantInfo& row : rows) {
+    py::dict item;
+    item["name"] = row.name;
+    item["device"] = row.cuda ? "cuda" : "cpu";
+    item["reason"] = row.reason;
+    list.append(item);
+  }
+  return list;
+}
+
+}  // namespace pyfast

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one place that chooses an NF4 kernel.
+#include <algorithm>
+
+#include "common/parallel.h"
+#include "nf4/kernels.h"
+
+namespace pyfast::nf4 {
+namespace {
+
+// The least work that is worth a thread's wake-up (about 5 us): elements for the 4-bit kernels.
+constexpr std::int64_t kGrain = 32768;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// CPU rows: split the blocks over threads.
+template <auto kRange, class Params>
+void on_cpu(const Params& params, const Placement& place) {
+  parallel_for(ceil_div(params.numel, params.blocksize), ceil_div(kGrain, params.blocksize),
+               place.threads,
+               [&](std::int64_t begin, std::int64_t end) { kRange(params, begin, end); });
+}
+
+void nest_on_cpu(const NestParams& params, const Placement& place) {
+  parallel_for(ceil_div(params.num_blocks, kNestedBlocksize), 16, place.threads,
+               [&](std::int64_t begin, std::int64_t end) { nest_scalar(params, begin, end); });
+}
+
+#ifdef PYFAST_CUDA
+// CUDA rows: launch on the tensors' device.
+template <auto kLaunch, class Params>
+void on_cuda(const Params& params, const Placement& place) {
+  const DeviceGuard guard(place.device);
+  kLaunch(params, place);
+}
+#endif
+
+constexpr Variant<QuantizeParams> kQuantize[] = {
+#ifdef PYFAST_CUDA
+    {"nf4_quantize_cuda", Isa::scalar, 80, on_cuda<launch_quantize, QuantizeParams>},
+#endif
+#ifdef PYFAST_X86
+    {"nf4_quantize_avx512", Isa::avx512, 0, on_cpu<quantize_avx512, QuantizeParams>},
+    {"nf4_quantize_avx2", Isa::avx2, 0, on_cpu<quantize_avx2, QuantizeParams>},
+#endif
+    {"nf4_quantize_scalar", Isa::scalar, 0, on_cpu<quantize_scalar, QuantizeParams>},
+};
+
+constexpr Variant<NestParams> kNest[] = {
+#ifdef PYFAST_CUDA
+    {"nf4_nest_cuda", Isa::scalar, 80, on_cuda<launch_nest, NestParams>},
+#endif
+    {"nf4_nest_scalar", Isa::scalar, 0, nest_on_cpu},
+};
+
+constexpr Variant<DequantizeParams> kDequantize[] = {
+#ifdef PYFAST_CUDA
+    {"nf4_dequantize_cuda", Isa::scalar, 80, on_cuda<launch_dequantize<4, 0>, DequantizeParams>},
+    {"nf4_dequantize_cuda_u2", Isa::scalar, 80, on_cuda<launch_dequantize<2, 0>, DequantizeParams>},
+    {"nf4_dequantize_cuda_u8", Isa::scalar, 80, on_cuda<launch_dequantize<8, 0>, DequantizeParams>},
+    {"nf4_dequantize_cuda_u4p", Isa::scalar, 80, on_cuda<launch_dequantize<4, 8>, DequantizeParams>},
+    {"nf4_dequantize_cuda_u8p", Isa::scalar, 80, on_cuda<launch_dequantize<8, 4>, DequantizeParams>},
+#endif
+#ifdef PYFAST_X86
+    {"nf4_dequantize_avx512", Isa::avx512, 0, on_cpu<dequantize_avx512, DequantizeParams>},
+    {"nf4_dequantize_avx2", Isa::avx2, 0, on_cpu<dequantize_avx2, DequantizeParams>},
+#endif
+    {"nf4_dequantize_scalar", Isa::scalar, 0, on_cpu<dequantize_scalar, DequantizeParams>},
+};
+
+void check_common(std::string_view op, int blocksize, DType dtype) {
+  PYFAST_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
+               ": blocksize must be a power of two from 32 to 4096, got ", blocksize);
+  PYFAST_CHECK(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, op,
+               ": dtype must be 0 (float32), 1 (float16) or 2 (bfloat16), got ",
+               static_cast<int>(dtype));
+}
+
+void check_pointer(std::string_view op, std::string_view name, const void* pointer) {
+  PYFAST_CHECK(pointer != nullptr, op, ": ", name, " is a null pointer");
+}
+
+}  // namespace
+
+std::string_view quantize(const QuantizeParams& params, const Placement& place,
+                          std::string_view variant) {
+  constexpr std::string_view kOp = "nf4_quantize";
+  check_common(kOp, params.blocksize, params.dtype);
+  PYFAST_CHECK(params.numel >= 0, kOp, ": numel must not be negative, got ", params.numel);
+  if (params.numel > 0) {
+    check_pointer(kOp, "src", params.src);
+    check_pointer(kOp, "packed", params.packed);
+    check_pointer(kOp, "absmax", params.absmax);
+  }
+  return dispatch<QuantizeParams>(kOp, kQuantize, params, place, variant);
+}
+
+std::string_view nest(const NestParams& params, const Placement& place, std::string_view variant) {
+  constexpr std::string_view kOp = "nf4_nest";
+  PYFAST_CHECK(params.num_blocks >= 0, kOp, ": num_blocks must not be negative, got ",
+               params.num_blocks);
+  if (params.num_blocks > 0) {
+    check_pointer(kOp, "absmax", params.absmax);
+    check_pointer(kOp, "offset", params.offset);
+    check_pointer(kOp, "codes", params.codes);
+    check_pointer(kOp, "nested_absmax", params.nested_absmax);
+  }
+  return dispatch<NestParams>(kOp, kNest, params, place, variant);
+}
+
+std::string_view dequantize(const DequantizeParams& params, const Placement& place,
+                            std::string_view variant) {
+  constexpr std::string_view kOp = "nf4_dequantize";
+  check_common(kOp, params.blocksize, params.dtype);
+  PYFAST_CHECK(params.numel >= 0, kOp, ": numel must not be negative, got ", params.numel);
+  PYFAST_CHECK(params.first_block >= 0, kOp, ": first_block must not be negative, got ",
+               params.first_block);
+  PYFAST_CHECK((params.nested_absmax == nullptr) == (params.offset == nullptr), kOp,
+               ": nested_absmax and offset belong together; one of them is null");
+  if (params.numel > 0) {
+    check_pointer(kOp, "packed", params.packed);
+    check_pointer(kOp, "absmax", params.absmax);
+    check_pointer(kOp, "out", params.out);
+  }
+  return dispatch<DequantizeParams>(kOp, kDequantize, params, place, variant);
+}
+
+std::vector<VariantInfo> variants(std::string_view op) {
+  if (op == "nf4_quantize") return describe<QuantizeParams>(kQuantize);
+  if (op == "nf4_nest") return describe<NestParams>(kNest);
+  if (op == "nf4_dequantize") return describe<DequantizeParams>(kDequantize);
+  return {};
+}
+
+}  // namespace pyfast::nf4

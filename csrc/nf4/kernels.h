@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels that dispatch.cpp chooses from. CPU kernels do a range of blocks on the calling thread;
+// CUDA launchers enqueue the whole tensor on the current device.
+#pragma once
+
+#include "nf4/nf4.h"
+
+namespace pyfast::nf4 {
+
+// Blocks [begin, end) of the tensor.
+void quantize_scalar(const QuantizeParams& params, std::int64_t begin, std::int64_t end);
+void quantize_avx2(const QuantizeParams& params, std::int64_t begin, std::int64_t end);
+void quantize_avx512(const QuantizeParams& params, std::int64_t begin, std::int64_t end);
+
+// Groups [begin, end) of 256 blocks.
+void nest_scalar(const NestParams& params, std::int64_t begin, std::int64_t end);
+
+// Blocks [begin, end) of the requested part, counted from params.first_block.
+void dequantize_scalar(const DequantizeParams& params, std::int64_t begin, std::int64_t end);
+void dequantize_avx2(const DequantizeParams& params, std::int64_t begin, std::int64_t end);
+void dequantize_avx512(const DequantizeParams& params, std::int64_t begin, std::int64_t end);
+
+void launch_quantize(const QuantizeParams& params, const Placement& place);
+void launch_nest(const NestParams& params, const Placement& place);
+template <int kUnroll, int kBlocksPerSm>
+void launch_dequantize(const DequantizeParams& params, const Placement& place);
+
+}  // namespace pyfast::nf4

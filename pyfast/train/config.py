@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fine-tuning run can be told: one dataclass a component, every field with a default."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pyfast.errors import ConfigError
+
+
+@dataclass
+class AdapterOptions:
+    """The low-rank adapter of `lora` and `qlora`.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale numerator; the update is multiplied by alpha / r.
+        dropout: Probability that an input element of the adapter is dropped in training.
+        targets: "all-linear", one regular expression, or a list of module names.
+        rslora: Scale by alpha / sqrt(r) instead.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: str | list[str] = "all-linear"
+    rslora: bool = False
+
+
+@dataclass
+class QuantOptions:
+    """NF4 quantisation of the frozen weights under `qlora`.
+
+    Attributes:
+        blocksize: Weights that share one scale.
+        nested: Quantise the scales too (0.37 bit a weight less).
+    """
+
+    blocksize: int = 64
+    nested: bool = True
+
+
+@dataclass
+class DatasetOptions:
+    """How the records are read, cut and split.
+
+    Attributes:
+        eval_data: Held-out JSONL file; without it a part of `data` is held out.
+        eval_fraction: Share of the records to hold out when `eval_data` is not given; 0 holds out none.
+        split_by: Records with the same prompt, or (default) the same prompt or answer, stay on one
+            side of the split.
+        deduplicate: Drop records whose prompt and answer repeat an earlier one.
+        max_length: Tokens kept of a record; the rest is cut from the end and counted.
+        on_bad_record: "raise" at the first record that cannot be used, or "skip" and count them.
+        max_bad_fraction: With "skip", stop when more than this share of the records is bad.
+    """
+
+    eval_data: str | None = None
+    eval_fraction: float = 0.1
+    split_by: Literal["prompt_and_answer", "prompt"] = "prompt_and_answer"
+    deduplicate: bool = True
+    max_length: int = 512
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    max_bad_fraction: float = 0.01
+
+
+@dataclass
+class OptimizerOptions:
+    """AdamW.
+
+    Attributes:
+        lr: Peak learning rate; by default 1e-3 for adapters, 2e-5 for full fine-tuning.
+        weight_decay: Decoupled decay, applied to matrices only.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        max_grad_norm: Gradients are scaled down to this global norm; 0 leaves them as they are.
+    """
+
+    lr: float | None = None
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class ScheduleOptions:
+    """Learning rate over the run.
+
+    Attributes:
+        kind: Shape after the warm-up.
+        warmup_fraction: Share of all steps in which the rate rises linearly from zero to its peak.
+        min_ratio: Rate at the end, as a share of the peak.
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: float = 0.05
+    min_ratio: float = 0.1
+
+
+@dataclass
+class RunOptions:
+    """Size, place and bookkeeping of the run.
+
+    Attributes:
+        epochs: Passes over the training records; ignored when `steps` is given.
+        steps: Number of optimiser steps.
+        batch_size: Records in one forward pass.
+        accumulation: Forward passes in one optimiser step.
+        device: "auto" takes CUDA when there is one.
+        dtype: "auto" takes bf16 where the processor computes in it, else fp32.
+        activation_checkpointing: Recompute activations in backward: less memory, about a third slower.
+        seed: Decides shuffling, split, initial adapter weights and dropout.
+        eval_every: Steps between held-out evaluations; 0 evaluates at the start and the end only.
+        save_every: Steps between checkpoints; 0 saves at the end only.
+        keep_last: Checkpoints kept.
+        log_every: Steps between lines where there is no terminal.
+        samples: Held-out questions answered before and after training.
+    """
+
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    device: str = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    activation_checkpointing: bool = False
+    seed: int = 0
+    eval_every: int = 50
+    save_every: int = 100
+    keep_last: int = 2
+    log_every: int = 10
+    samples: int = 4
+
+
+@dataclass
+class FinetuneConfig:
+    """A fine-tuning run.
+
+    Attributes:
+        model: "default" (SmolLM2-135M-Instruct), a model directory, or a name on the Hugging Face hub.
+        method: "lora", "qlora" (4-bit frozen weights) or "sft" (all weights).
+        data: "default", or JSONL files of {"input", "output"}, {"prompt", "completion"} or {"messages"}.
+        output_dir: Where everything is written; by default a new directory under outputs/.
+        resume: Go on from the newest checkpoint in `output_dir`.
+    """
+
+    model: str = "default"
+    method: Literal["lora", "qlora", "sft"] = "lora"
+    data: str | list[str] = "default"
+    output_dir: str | None = None
+    resume: bool = False
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    quant: QuantOptions = field(default_factory=QuantOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def data_files(self) -> list[str]:
+        """The training files as a list; empty for the default data."""
+        if self.data == "default":
+            return []
+        return [self.data] if isinstance(self.data, str) else list(self.data)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate asked for, or the method's default."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        return 2e-5 if self.method == "sft" else 1e-3
+
+
+# field: (lowest value, lowest is allowed, highest value, highest is allowed)
+_RANGES: dict[str, tuple[float, bool, float, bool]] = {
+    "adapter.r": (1, True, math.inf, False),
+    "adapter.alpha": (0, False, math.inf, False),
+    "adapter.dropout": (0, True, 1, False),
+    "dataset.eval_fraction": (0, True, 1, False),
+    "dataset.max_length": (2, True, math.inf, False),
+    "dataset.max_bad_fraction": (0, True, 1, True),
+    "optimizer.lr": (0, False, math.inf, False),
+    "optimizer.weight_decay": (0, True, math.inf, False),
+    "optimizer.eps": (0, False, math.inf, False),
+    "optimizer.max_grad_norm": (0, True, math.inf, False),
+    "schedule.warmup_fraction": (0, True, 1, True),
+    "schedule.min_ratio": (0, True, 1, True),
+    "run.epochs": (0, False, math.inf, False),
+    "run.steps": (1, True, math.inf, False),
+    "run.batch_size": (1, True, math.inf, False),
+    "run.accumulation": (1, True, math.inf, False),
+    "run.seed": (0, True, 2**63, False),
+    "run.eval_every": (0, True, math.inf, False),
+    "run.save_every": (0, True, math.inf, False),
+    "run.keep_last": (1, True, math.inf, False),
+    "run.log_every": (1, True, math.inf, False),
+    "run.samples": (0, True, math.inf, False),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("lora", "qlora", "sft"),
+    "dataset.split_by": ("prompt_and_answer", "prompt"),
+    "dataset.on_bad_record": ("raise", "skip"),
+    "schedule.kind": ("cosine", "linear", "constant"),
+    "run.dtype": ("auto", "bf16", "fp32"),
+}
+
+
+def _get(config: FinetuneConfig, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def validate(config: FinetuneConfig) -> None:
+    """Check every value of a configuration before anything is loaded.
+
+    Raises:
+        ConfigError: A value is out of its range, or two values do not go together.
+    """
+    for path, choices in _CHOICES.items():
+        if (value := _get(config, path)) not in choices:
+            raise ConfigError(f"{path} is {value!r}. Fix: one of {', '.join(choices)}.")
+    for path, (low, low_in, high, high_in) in _RANGES.items():
+        value = _get(config, path)
+        if value is None:  # not given: the default is chosen elsewhere
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (
+            number and (value >= low if low_in else value > low) and (value <= high if high_in else value < high)
+        ):
+            bound = f"{'at least' if low_in else 'more than'} {low:g}"
+            if math.isfinite(high):
+                bound += f" and {'at most' if high_in else 'less than'} {high:g}"
+            raise ConfigError(f"{path} is {value!r}; it must be a number of {bound}.")
+    for beta in config.optimizer.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optimizer.betas is {config.optimizer.betas}; both must be in [0, 1).")
+    if config.data == []:
+        raise ConfigError("data is an empty list. Fix: data=train.jsonl, or leave it out for the default.")
+    if config.resume and config.output_dir is None:
+        raise ConfigError("resume needs the directory of the run to go on with. Fix: --output_dir DIR.")
+
+
+def to_dict(config: FinetuneConfig) -> dict[str, Any]:
+    """The configuration as plain values that YAML and JSON can hold."""
+    values = dataclasses.asdict(config)
+    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
+    return values

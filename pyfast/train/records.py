@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training records: read from JSONL, checked field by field, deduplicated and split without leakage."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyfast.errors import ConfigError, DataError
+from pyfast.train.config import DatasetOptions
+
+# The forms a line may have, told apart by their fields.
+_PAIRS = {"prompt/completion": ("prompt", "completion"), "input/output": ("input", "output")}
+_MESSAGES = "messages"
+_ROLES = ("system", "user", "assistant", "tool")
+_MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation: `turns` are (role, text) pairs that end with an assistant turn to learn.
+
+    `is_pair` marks a bare prompt and completion, which may be joined without a chat template.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    is_pair: bool
+    file: str
+    line: int
+
+    @classmethod
+    def pair(cls, prompt: str, completion: str, file: str, line: int) -> Record:
+        """A record of one question and its answer."""
+        return cls((("user", prompt), ("assistant", completion)), True, file, line)
+
+    @property
+    def prompt(self) -> str:
+        """Everything before the first answer, joined by newlines."""
+        roles = [role for role, _ in self.turns]
+        return "\n".join(text for _, text in self.turns[: roles.index("assistant")])
+
+    @property
+    def answer(self) -> str:
+        """All assistant turns, joined by newlines."""
+        return "\n".join(text for role, text in self.turns if role == "assistant")
+
+
+@dataclass
+class Reading:
+    """The records of some files, and what was left out of them."""
+
+    records: list[Record] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    duplicates: int = 0
+
+    def describe_skipped(self) -> str:
+        """One line for each of the first skipped records, empty when none was skipped."""
+        lines = [f"  skipped {reason}" for reason in self.skipped[:_MAX_LISTED]]
+        if (more := len(self.skipped) - _MAX_LISTED) > 0:
+            lines.append(f"  ... and {more} more")
+        return "\n".join(lines)
+
+
+class _Bad(Exception):
+    """A record that cannot be used: where in the line, and why."""
+
+    def __init__(self, column: int, reason: str) -> None:
+        super().__init__(reason)
+        self.column = column
+
+
+def normalized(text: str) -> str:
+    """Lower case without punctuation and repeated space: what counts as the same text."""
+    words = re.sub(r"[^\w\s]", "", text.lower()).split()
+    return " ".join(words) or text.strip()
+
+
+def read_records(files: list[str], options: DatasetOptions) -> Reading:
+    """Read JSONL files of {"input", "output"}, {"prompt", "completion"} or {"messages"} records.
+
+    The form is found from the first good record of each file; empty lines are passed over.
+
+    Args:
+        files: Paths; a compressed file is opened by its ending.
+        options: Decides about bad and repeated records.
+
+    Raises:
+        ConfigError: A file does not exist.
+        DataError: A record cannot be used (named by file, line and column), too many are bad, or
+            none is left.
+    """
+    reading = Reading()
+    seen: set[tuple[tuple[str, str], ...]] = set()
+    total = 0
+    for file in files:
+        if not Path(file).is_file():
+            raise ConfigError(f"data file '{file}' does not exist.")
+        form: str | None = None
+        for line, raw in _lines(file):
+            total += 1
+            try:
+                form, record = _parse(raw, form, file, line)
+            except _Bad as bad:
+                message = f"{file} line {line:,}, column {bad.column}: {bad}"
+                if options.on_bad_record == "raise":
+                    raise DataError(f"{message} Fix the line, or dataset.on_bad_record=skip.") from None
+                reading.skipped.append(message)
+                continue
+            if options.deduplicate and record.turns in seen:
+                reading.duplicates += 1
+                continue
+            seen.add(record.turns)
+            reading.records.append(record)
+    if len(reading.skipped) > options.max_bad_fraction * total:
+        raise DataError(
+            f"{len(reading.skipped):,} of {total:,} records are bad, more than "
+            f"dataset.max_bad_fraction={options.max_bad_fraction:g} allows. First: {reading.skipped[0]}"
+        )
+    if not reading.records:
+        raise DataError(f"no record was found in {', '.join(files)}.")
+    return reading
+
+
+def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line that is not empty."""
+    from datasets import load_dataset
+
+    # latin-1 maps every byte to one character, so that a bad UTF-8 sequence is found in its own line
+    # and not reported for a whole block of the file.
+    lines = load_dataset("text", data_files=[file], split="train", streaming=True, encoding="latin-1")
+    for number, row in enumerate(lines, start=1):
+        raw = row["text"].encode("latin-1")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if raw.strip():
+            yield number, raw
+
+
+def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Record]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        column = len(raw[: error.start].decode("utf-8")) + 1
+        raise _Bad(column, f"byte 0x{raw[error.start]:02x} is not UTF-8.") from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 20) : error.pos + 20]
+        raise _Bad(error.pos + 1, f"invalid JSON ({error.msg}): ...{near!r}...") from None
+    except RecursionError:
+        raise _Bad(1, "JSON is nested too deeply.") from None
+    if not isinstance(value, dict):
+        raise _Bad(1, f"a record must be a JSON object, this is a {_kind(value)}.")
+    form = form or _form(value)
+    if form == _MESSAGES:
+        turns = tuple(_turns(value, text))
+        return form, Record(turns, False, file, line)
+    prompt, completion = (_text(value, name, text, name) for name in _PAIRS[form])
+    return form, Record.pair(prompt, completion, file, line)
+
+
+def _form(value: dict[str, Any]) -> str:
+    if _MESSAGES in value:
+        return _MESSAGES
+    for form, names in _PAIRS.items():
+        if any(name in value for name in names):
+            return form
+    raise _Bad(
+        1,
+        f"fields {sorted(value)} are none of prompt/completion, input/output or messages.",
+    )
+
+
+def _turns(value: dict[str, Any], text: str) -> Iterator[tuple[str, str]]:
+    messages = value.get(_MESSAGES)
+    column = _column(text, _MESSAGES)
+    if not isinstance(messages, list) or not messages:
+        raise _Bad(column, f"field 'messages' must be a list of turns, this is {_kind(messages)}.")
+    roles = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise _Bad(column, f"field '{where}' must be an object, this is {_kind(message)}.")
+        role = message.get("role")
+        if role not in _ROLES:
+            raise _Bad(column, f"field '{where}.role' is {role!r}; it must be one of {', '.join(_ROLES)}.")
+        roles.append(role)
+        yield role, _text(message, "content", text, f"{where}.content")
+    if "assistant" not in roles[1:]:
+        raise _Bad(column, "field 'messages' has no assistant turn after another turn, so nothing to learn.")
+
+
+def _text(value: dict[str, Any], name: str, line: str, where: str) -> str:
+    column = _column(line, name)
+    if name not in value:
+        raise _Bad(column, f"field '{where}' is missing.")
+    content = value[name]
+    if not isinstance(content, str):
+        raise _Bad(column, f"field '{where}' must be text, this is {_kind(content)}.")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Bad(column, f"field '{where}' holds half of a surrogate pair.") from None
+    return content
+
+
+def _column(line: str, name: str) -> int:
+    """Where the field stands in the line; its start when the field is missing."""
+    return line.find(f'"{name}"') + 1 or 1
+
+
+def _kind(value: object) -> str:
+    kinds = {bool: "true or false", str: "text", list: "a list", dict: "an object", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def split_records(
+    records: list[Record], fraction: float, split_by: str, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Hold out about `fraction` of the records so that no prompt (nor answer) is on both sides.
+
+    Records that share a normalised prompt, or with `split_by="prompt_and_answer"` an answer, form
+    a group; whole groups are drawn in an order that the seed decides.
+
+    Returns:
+        The training and the held-out records, each in their given order.
+
+    Raises:
+        ConfigError: The groups are so large that nothing can be held out.
+    """
+    if fraction == 0:
+        return records, []
+    groups = _groups(records, split_by)
+    wanted = max(1, round(fraction * len(records)))
+    random.Random(seed).shuffle(groups)
+    held: set[int] = set()
+    for group in groups:
+        if len(held) + len(group) <= wanted:
+            held.update(group)
+    if not held:
+        largest = max(len(group) for group in groups)
+        fix = "dataset.eval_fraction=0"
+        if split_by == "prompt_and_answer":
+            fix = f"dataset.split_by=prompt (answers that are labels repeat by nature), or {fix}"
+        raise ConfigError(
+            f"cannot hold out {wanted} of {len(records)} records: {largest} of them hang together by shared "
+            f"prompts or answers, and a group must stay on one side. Fix: {fix}, or dataset.eval_data."
+        )
+    train = [record for index, record in enumerate(records) if index not in held]
+    return train, [records[index] for index in sorted(held)]
+
+
+def without_leakage(evaluation: list[Record], train: list[Record], split_by: str) -> list[Record]:
+    """The held-out records of a file of their own, less those whose prompt or answer is trained on."""
+    trained = {key for record in train for key in _keys(record, split_by)}
+    return [record for record in evaluation if trained.isdisjoint(_keys(record, split_by))]
+
+
+def _keys(record: Record, split_by: str) -> list[tuple[str, str]]:
+    keys = [("prompt", normalized(record.prompt))]
+    if split_by == "prompt_and_answer":
+        keys.append(("answer", normalized(record.answer)))
+    return keys
+
+
+def _groups(records: list[Record], split_by: str) -> list[list[int]]:
+    """Connected components of the records under shared keys (union-find)."""
+    parent = list(range(len(records)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first: dict[tuple[str, str], int] = {}
+    for index, record in enumerate(records):
+        for key in _keys(record, split_by):
+            parent[root(index)] = root(first.setdefault(key, index))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index in range(len(records)):
+        groups[root(index)].append(index)
+    return list(groups.values())

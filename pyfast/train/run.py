@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the loop: output directory, seeds, signals, sample answers, the closing report."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import shutil
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from pyfast.errors import ConfigError
+from pyfast.train import checkpoint as ckpt
+from pyfast.train import default_data
+from pyfast.train.checkpoint import Progress
+from pyfast.train.config import FinetuneConfig, to_dict
+from pyfast.train.data import Data
+from pyfast.train.metrics import plot_losses, say
+from pyfast.train.model import Place, answer, write_weights
+
+# Settings a resumed run may change: they decide what is shown and kept, not what is learned.
+_FREE = ("eval_every", "save_every", "keep_last", "log_every", "samples", "device", "dtype")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves behind.
+
+    Attributes:
+        output_dir: Everything the run wrote.
+        weights: The adapter's directory, or the model's under sft.
+        loss_curve: The plot of the losses.
+        steps: Optimiser steps made.
+        eval_loss_before: Held-out loss before the first step; None without held-out records.
+        eval_loss: Held-out loss after the last step.
+        samples: For some held-out questions: prompt, reference, before, after.
+    """
+
+    output_dir: Path
+    weights: Path
+    loss_curve: Path
+    steps: int
+    eval_loss_before: float | None
+    eval_loss: float | None
+    samples: list[dict[str, str]]
+
+
+def prepare_output(config: FinetuneConfig) -> Path:
+    """The directory of the run, with its config.yaml; a directory that holds a run is not overwritten.
+
+    Raises:
+        ConfigError: The directory is in use and `resume` is off, or it cannot be written.
+    """
+    name = Path(config.model).name or "model"
+    output = Path(config.output_dir or f"outputs/{name}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    checkpoints = output / "checkpoints"
+    if not config.resume and ((output / "config.yaml").exists() or checkpoints.exists()):
+        latest = ckpt.read_latest(checkpoints)
+        raise ConfigError(
+            f"output_dir '{output}' already holds a run (newest checkpoint: {latest or 'none'}). "
+            "Fix: --resume true to go on with it, or another --output_dir."
+        )
+    if config.resume and not output.is_dir():
+        raise ConfigError(f"output_dir '{output}' does not exist, so there is nothing to resume.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if checkpoints.exists():
+            ckpt.clean(checkpoints)
+        values = {**to_dict(config), "output_dir": str(output), "resume": False}
+        (output / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        if not config.data_files:
+            (output / "DATA_LICENSE.txt").write_text(default_data.LICENSE, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output_dir '{output}' cannot be written: {error}.") from error
+    return output
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def resume_settings(config: FinetuneConfig, place: Place, data: Data) -> dict[str, Any]:
+    """The settings that a resumed run must share with the saved one, as a flat dictionary."""
+    values = to_dict(config)
+    for name in ("output_dir", "resume", "data"):  # the data's content is compared instead
+        del values[name]
+    values["run"] = {key: value for key, value in values["run"].items() if key not in _FREE}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return {**flat, "device": place.device.type, "dtype": str(place.dtype), "data": data.fingerprint}
+
+
+def describe(
+    config: FinetuneConfig,
+    place: Place,
+    model: Any,
+    parameters: dict[str, torch.nn.Parameter],
+    data: Data,
+    total: int,
+) -> None:
+    """Say what is about to be trained on what."""
+    count = sum(parameter.numel() for parameter in parameters.values())
+    name = "SmolLM2-135M-Instruct (the default)" if config.model == "default" else config.model
+    say(f"Model: {name}, {type(model).__name__}, on {place}")
+    say(f"Method: {config.method}, {count:,} trainable parameters in {len(parameters)} tensors")
+    source = ", ".join(config.data_files) or f"{default_data.PACKAGE} (the default, BSD-3-Clause)"
+    reading = data.reading
+    say(f"Data: {source}, {len(reading.records):,} records, {reading.duplicates:,} duplicates dropped")
+    if reading.skipped:
+        say(f"{len(reading.skipped):,} bad records skipped:\n{reading.describe_skipped()}")
+    say(data.train.describe("  training", config.dataset.max_length))
+    if len(data.evaluation):
+        say(data.evaluation.describe("  held out", config.dataset.max_length))
+    else:
+        say("  held out: nothing")
+    size = config.run.batch_size * config.run.accumulation
+    say(f"Run: {total:,} steps of {size} records, peak learning rate {config.peak_lr:g}\n")
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a request to stop; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+        say("\nStopping after this step, with a checkpoint. Once more stops at once.")
+
+    def leave(self, checkpoint: Path, step: int, total: int, output: Path) -> None:
+        """Say how to go on and end the run.
+
+        Raises:
+            KeyboardInterrupt: After SIGINT.
+            SystemExit: After SIGTERM, with status 143.
+        """
+        say(f"\nStopped after step {step} of {total}; saved {checkpoint}. Resume with:\n  {resume_command(output)}")
+        if self.signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
+def resume_command(output: Path) -> str:
+    """The command that goes on with a stopped run."""
+    return f"pyfast finetune --config {shlex.quote(str(output / 'config.yaml'))} --resume true"
+
+
+class Samples:
+    """Answers to a few held-out questions before and after training, kept in samples.json."""
+
+    def __init__(self, count: int, data: Data, output: Path) -> None:
+        self._file = output / "samples.json"
+        self.rows: list[dict[str, str]] = []
+        if self._file.exists():  # a resumed run keeps its answers from before
+            self.rows = json.loads(self._file.read_text(encoding="utf-8"))
+            return
+        prompts: set[str] = set()
+        items = data.evaluation.items
+        # Spread over the held-out records, each question once, single turns only.
+        for item in items[:: max(1, len(items) // max(1, count))]:
+            record = item.record
+            if len(self.rows) < count and len(record.turns) == 2 and record.prompt not in prompts:
+                prompts.add(record.prompt)
+                self.rows.append({"prompt": record.prompt, "reference": record.answer})
+
+    def ask(self, model: Any, tokenizer: Any, when: str) -> None:
+        """Answer every question; `when` is "before" or "after"."""
+        for row in self.rows:
+            row[when] = answer(model, tokenizer, row["prompt"])
+        self._file.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def show(self) -> None:
+        """Print question, both answers and the reference."""
+        for row in self.rows:
+            say(f"\nQ: {row['prompt']}")
+            for name in ("before", "after", "reference"):
+                say(f"   {name + ':':<10} {' '.join(row.get(name, '').split())}")
+
+
+def finish(
+    config: FinetuneConfig, output: Path, model: Any, tokenizer: Any, progress: Progress, samples: Samples
+) -> Result:
+    """Write weights and loss curve, and say where they lie and how to use them."""
+    kind = "model" if config.method == "sft" else "adapter"
+    weights = output / kind
+    temporary = output / ".tmp-weights"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write_weights(model, tokenizer, temporary, config.method)
+    shutil.rmtree(weights, ignore_errors=True)
+    (temporary / kind).rename(weights)
+    temporary.rmdir()
+    curve = output / "loss_curve.png"
+    name = "SmolLM2-135M-Instruct" if config.model == "default" else Path(config.model).name
+    plot_losses(output / "metrics.jsonl", curve, f"{name}, {config.method}")
+    result = Result(
+        output, weights, curve, progress.step, progress.eval_loss_before, progress.eval_loss, samples.rows
+    )
+    summary = {**asdict(progress), "weights": kind}
+    (output / "result.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    samples.show()
+    say(f"\nTrained {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:.0f} s.")
+    if progress.eval_loss is not None and progress.eval_loss_before is not None:
+        say(f"Held-out loss: {progress.eval_loss_before:.4f} before, {progress.eval_loss:.4f} after.")
+    say(f"{kind.capitalize()}:  {weights}\nLoss curve: {curve}\nTensorBoard: tensorboard --logdir {output}")
+    option = "--model" if kind == "model" else "--adapter"
+    say(f"\nAsk it:    pyfast generate {option} {shlex.quote(str(weights))} --prompt '...'")
+    if kind == "adapter":
+        say(f"Merge it:  pyfast merge --adapter {shlex.quote(str(weights))} --output {output / 'merged'}")
+    return result
