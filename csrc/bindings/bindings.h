@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the files of the Python binding share. Device -1 is the CPU; pointers and streams are integers.
+// What the files of the Python binding share. Device -1 is the CPU; pointers and streams are
+// integers.
 #pragma once
 
 #include <pybind11/pybind11.h>

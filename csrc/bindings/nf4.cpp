@@ -35,10 +35,9 @@ std::string_view nest(int device, std::uintptr_t absmax, std::int64_t num_blocks
 }
 
 std::string_view dequantize(int device, std::uintptr_t packed, std::uintptr_t absmax,
-                            std::uintptr_t nested_absmax, std::uintptr_t offset,
-                            std::uintptr_t out, int dtype, std::int64_t first_block,
-                            std::int64_t numel, int blocksize, int threads, std::uintptr_t stream,
-                            const std::string& variant) {
+                            std::uintptr_t nested_absmax, std::uintptr_t offset, std::uintptr_t out,
+                            int dtype, std::int64_t first_block, std::int64_t numel, int blocksize,
+                            int threads, std::uintptr_t stream, const std::string& variant) {
   return nf4::dequantize({.packed = pointer<const std::uint8_t>(packed),
                           .absmax = pointer<const void>(absmax),
                           .nested_absmax = pointer<const float>(nested_absmax),

@@ -18,10 +18,10 @@ std::string concat(const Parts&... parts) {
 }  // namespace pyfast
 
 // Throws std::invalid_argument (ValueError in Python) whose sentence is the concatenated parts.
-#define PYFAST_CHECK(condition, ...)                                \
-  do {                                                              \
-    if (!(condition)) [[unlikely]]                                  \
-      throw std::invalid_argument(::pyfast::concat(__VA_ARGS__));   \
+#define PYFAST_CHECK(condition, ...)                              \
+  do {                                                            \
+    if (!(condition)) [[unlikely]]                                \
+      throw std::invalid_argument(::pyfast::concat(__VA_ARGS__)); \
   } while (false)
 
 // Throws std::runtime_error naming the op, the CUDA error and the place. Needs cuda_runtime_api.h.

@@ -17,10 +17,9 @@ std::string missing(Isa isa) {
 #if defined(__x86_64__)
   // The compiler's run-time asks CPUID and, for the wide registers, the operating system (XGETBV).
   const bool avx2 = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("f16c") != 0;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
-                      __builtin_cpu_supports("avx512bw") != 0 &&
-                      __builtin_cpu_supports("avx512dq") != 0 &&
-                      __builtin_cpu_supports("avx512vl") != 0;
+  const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+      __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
 #else
   const bool avx2 = false, avx512 = false;
 #endif
@@ -47,8 +46,10 @@ const CudaDevice& cuda_device(int ordinal) {
   CudaDevice& device = devices[index];
   std::call_once(once[index], [&] {
     int major = 0, minor = 0;
-    CUDA_CHECK("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal));
-    CUDA_CHECK("device", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal));
+    CUDA_CHECK("device",
+               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal));
+    CUDA_CHECK("device",
+               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal));
     CUDA_CHECK("device",
                cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, ordinal));
     device.sm = 10 * major + minor;

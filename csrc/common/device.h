@@ -8,7 +8,8 @@ namespace pyfast {
 
 enum class Isa { scalar, avx2, avx512 };
 
-// Empty when the CPU and the operating system support `isa`, else a sentence saying what is missing.
+// Empty when the CPU and the operating system support `isa`, else a sentence saying what is
+// missing.
 std::string missing(Isa isa);
 
 #ifdef PYFAST_CUDA

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Element types, and the only bridge from a run-time dtype to a template.
 //
-// This header is compiled into files with different instruction sets, so everything in it that makes
-// code is always inlined: a shared out-of-line copy could hold instructions the machine lacks.
+// This header is compiled into files with different instruction sets, so everything in it that
+// makes code is always inlined: a shared out-of-line copy could hold instructions the machine
+// lacks.
 #pragma once
 
 #include <cstdint>
@@ -72,7 +73,8 @@ PYFAST_INLINE void from_float(float value, Float16* out) {
     half = 0x7E00U | (magnitude >> 13 & 0x3FFU);
   } else if (magnitude >= 0x477FF000U) {  // 65520 and more round to infinity
     half = 0x7C00U;
-  } else if (magnitude < 0x38800000U) {  // below 2^-14: adding 0.5 rounds at the subnormal's last bit
+  } else if (magnitude <
+             0x38800000U) {  // below 2^-14: adding 0.5 rounds at the subnormal's last bit
     half = bits_of(float_from_bits(magnitude) + 0.5F) - 0x3F000000U;
   } else {
     half = (magnitude - 0x38000000U + 0xFFFU + (magnitude >> 13 & 1U)) >> 13;

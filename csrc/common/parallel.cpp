@@ -88,8 +88,8 @@ class Pool {
   std::atomic<std::int64_t> next_{0};
 };
 
-// Leaked on purpose: its threads run until the process ends, and a forked child, which has none of them,
-// starts over with a fresh pool.
+// Leaked on purpose: its threads run until the process ends, and a forked child, which has none of
+// them, starts over with a fresh pool.
 std::atomic<Pool*> g_pool{nullptr};
 
 Pool& pool() {

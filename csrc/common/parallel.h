@@ -24,9 +24,9 @@ class RangeFunction {
   void (*call_)(const void*, std::int64_t, std::int64_t);
 };
 
-// Calls `body(begin, end)` on pieces that cover [0, count), at least `grain` long but for the last, on up
-// to `threads` threads, the caller among them. `body` must not throw. Any number of threads may call this
-// at once: one has the pool, the others run alone. Safe after fork().
+// Calls `body(begin, end)` on pieces that cover [0, count), at least `grain` long but for the last,
+// on up to `threads` threads, the caller among them. `body` must not throw. Any number of threads
+// may call this at once: one has the pool, the others run alone. Safe after fork().
 void parallel_for(std::int64_t count, std::int64_t grain, int threads, RangeFunction body);
 
 }  // namespace pyfast

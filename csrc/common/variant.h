@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dispatch: a table of kernels per op, each row with a reason when it does not fit; first match wins.
+// Dispatch: a table of kernels per op, each row with a reason when it does not fit; first match
+// wins.
 #pragma once
 
 #include <span>

@@ -2,9 +2,10 @@
 // One block at a time in plain C++: the scalar kernels, and the ends that the vector kernels leave.
 // Always inlined, as dtype.h explains.
 //
-// The rules are those of bitsandbytes on CPU. A full block multiplies by 1 / max(absmax, 1e-38), the
-// partial last block divides by its absmax, and stores at least 1e-38 there. A NaN makes the absmax NaN
-// and every code of the block 15; an infinity makes it infinite, finite elements 0 and infinities 15.
+// The rules are those of bitsandbytes on CPU. A full block multiplies by 1 / max(absmax, 1e-38),
+// the partial last block divides by its absmax, and stores at least 1e-38 there. A NaN makes the
+// absmax NaN and every code of the block 15; an infinity makes it infinite, finite elements 0 and
+// infinities 15.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // NF4 to float in one launch, nested scales included. Bound by memory: 0.516 bytes in and 2 out per
-// weight. A lane turns one small load into one 16-byte store, so that a warp stores 512 bytes in a row,
-// and issues all loads of its tile before it uses the first.
+// weight. A lane turns one small load into one 16-byte store, so that a warp stores 512 bytes in a
+// row, and issues all loads of its tile before it uses the first.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -98,11 +98,12 @@ __device__ __forceinline__ void one_element(const Args& args, std::int64_t eleme
   narrow(__fmul_rn(c_codes[code], scale), static_cast<T*>(args.out) + element);
 }
 
-// A block of threads decodes tiles of kThreads * kUnroll chunks of kWeights elements, the bytes of one
-// store. A tile is a multiple of every blocksize.
+// A block of threads decodes tiles of kThreads * kUnroll chunks of kWeights elements, the bytes of
+// one store. A tile is a multiple of every blocksize.
 template <class T, bool kNested, int kUnroll, bool kPersistent>
-__global__ void __launch_bounds__(kThreads, kUnroll <= 4 ? 8 : 4)
-    dequantize_kernel(const Args args) {
+__global__ void __launch_bounds__(kThreads, kPersistent    ? 3
+                                            : kUnroll <= 4 ? 8
+                                                           : 4) dequantize_kernel(const Args args) {
   constexpr int kWeights = Pack16<T>::kCount;
   constexpr int kTile = kThreads * kUnroll;
   static_assert(kTile * kWeights % 4096 == 0);
@@ -116,18 +117,26 @@ __global__ void __launch_bounds__(kThreads, kUnroll <= 4 ? 8 : 4)
 
   Word<T> words[kUnroll];
   RawScale<kNested> scales[kUnroll];
-  std::uint32_t left;  // chunks of this tile
-  const auto load = [&] {
-    left = static_cast<std::uint32_t>(min(chunks - first, std::int64_t{kTile}));
-    const Word<T>* packed = reinterpret_cast<const Word<T>*>(args.packed) + first;
+  std::uint32_t
+      left;  // chunks of this tile; a full tile, the usual case, takes a path without checks
+  const auto load_tile = [&](auto full) {
+    const Word<T>* packed = reinterpret_cast<const Word<T>*>(args.packed) + first + thread;
     const Scales<kNested> source(args, (first * kWeights) >> args.log2_blocksize);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const std::uint32_t at = thread + u * kThreads;
-      if (at < left) {
-        words[u] = __ldcs(packed + at);
+      if (full || at < left) {
+        words[u] = __ldcs(packed + u * kThreads);
         scales[u] = source.load((at * kWeights) >> args.log2_blocksize);
       }
+    }
+  };
+  const auto load = [&] {
+    left = static_cast<std::uint32_t>(min(chunks - first, std::int64_t{kTile}));
+    if (left == kTile) {
+      load_tile(std::true_type{});
+    } else {
+      load_tile(std::false_type{});
     }
   };
 
@@ -140,24 +149,39 @@ __global__ void __launch_bounds__(kThreads, kUnroll <= 4 ? 8 : 4)
   if constexpr (kNested) map[thread] = d_dynamic_map[thread];
   __syncthreads();
 
-  const float* column = &table[0][thread % 32];
-  while (first < chunks) {
-    uint4* out = reinterpret_cast<uint4*>(args.out) + first;
+  // Byte offsets, because then a look-up takes one shift and one three-input logic operation. The
+  // code's lowest bit stands at bit `bit` of the word and goes to bit 7, as a row has 128 bytes.
+  std::uint32_t column;  // not thread % 32: the assembler would mask that anew in each look-up
+  asm("mov.u32 %0, %%laneid;" : "=r"(column));
+  column *= 4;
+  const auto look_up = [&](std::uint32_t word, int bit) {
+    const std::uint32_t row = bit < 7 ? word << (7 - bit) : word >> (bit - 7);
+    const std::uint32_t offset_in_table = (row & 0x780U) | column;
+    return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + offset_in_table);
+  };
+  const auto store_tile = [&](auto full) {
+    uint4* out = reinterpret_cast<uint4*>(args.out) + first + thread;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const std::uint32_t at = thread + u * kThreads;
-      if (at < left) {
+      if (full || thread + u * kThreads < left) {
         const float scale = scales[u].resolve(map, offset);
         const std::uint32_t word = words[u];
         Pack16<T> pack;
 #pragma unroll
         for (int i = 0; i < kWeights; i += 2) {
-          const float high = column[(word >> (4 * i + 4) & 15U) * 32];
-          const float low = column[(word >> (4 * i) & 15U) * 32];
-          narrow_pair(__fmul_rn(high, scale), __fmul_rn(low, scale), pack.values + i);
+          const float even = __fmul_rn(look_up(word, 4 * i + 4), scale);
+          const float odd = __fmul_rn(look_up(word, 4 * i), scale);
+          narrow_pair(even, odd, pack.values + i);
         }
-        out[at] = *reinterpret_cast<const uint4*>(&pack);
+        out[u * kThreads] = *reinterpret_cast<const uint4*>(&pack);
       }
+    }
+  };
+  while (first < chunks) {
+    if (left == kTile) {
+      store_tile(std::true_type{});
+    } else {
+      store_tile(std::false_type{});
     }
     if constexpr (!kPersistent) break;
     first += static_cast<std::int64_t>(gridDim.x) * kTile;
@@ -232,7 +256,7 @@ void launch_dequantize(const DequantizeParams& params, const Placement& place) {
 template void launch_dequantize<2, 0>(const DequantizeParams&, const Placement&);
 template void launch_dequantize<4, 0>(const DequantizeParams&, const Placement&);
 template void launch_dequantize<8, 0>(const DequantizeParams&, const Placement&);
-template void launch_dequantize<4, 8>(const DequantizeParams&, const Placement&);
+template void launch_dequantize<4, 6>(const DequantizeParams&, const Placement&);
 template void launch_dequantize<8, 4>(const DequantizeParams&, const Placement&);
 
 }  // namespace pyfast::nf4

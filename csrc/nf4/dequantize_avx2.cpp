@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Needs AVX2 and F16C. As dequantize_avx512.cpp: a table of rounded products per block; here the table of
-// 16-bit values is two byte tables, and the 32-bit one two registers of 8.
+// Needs AVX2 and F16C. As dequantize_avx512.cpp: a table of rounded products per block; here the
+// table of 16-bit values is two byte tables, and the 32-bit one two registers of 8.
 #include <immintrin.h>
 
 #include "nf4/block_scalar.h"
@@ -62,7 +62,8 @@ PYFAST_INLINE void decode32(const std::uint8_t* packed, const Table16& table, T*
   const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
   const __m128i odd = _mm_and_si128(bytes, mask);
   // Elements 0 to 15 in the lower lane, 16 to 31 in the upper one.
-  const __m256i index = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+  const __m256i index =
+      _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
   const __m256i low = _mm256_shuffle_epi8(table.low, index);
   const __m256i high = _mm256_shuffle_epi8(table.high, index);
   const __m256i a = _mm256_unpacklo_epi8(low, high);  // elements 0 to 7, 16 to 23
@@ -84,7 +85,8 @@ PYFAST_INLINE void decode32(const std::uint8_t* packed, const Table32& table, fl
         _mm256_or_si256(_mm256_srli_epi64(doubles, 4), _mm256_slli_epi64(doubles, 32));
     const __m256 low = _mm256_permutevar8x32_ps(table.low, index);
     const __m256 high = _mm256_permutevar8x32_ps(table.high, index);
-    const __m256 upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 to the sign
+    const __m256 upper_half =
+        _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 to the sign
     _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(low, high, upper_half));
   }
 }

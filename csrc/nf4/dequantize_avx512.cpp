@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Needs AVX-512 F, BW, DQ, VL. Per block, the 16 codes times the scale are rounded once into a table;
-// an element is then a table look-up, and exact because one rounding is all that the format has.
+// Needs AVX-512 F, BW, DQ, VL. Per block, the 16 codes times the scale are rounded once into a
+// table; an element is then a table look-up, and exact because one rounding is all that the format
+// has.
 #include <immintrin.h>
 
 #include "nf4/block_scalar.h"
@@ -11,7 +12,7 @@ namespace {
 
 struct Patterns {
   alignas(64) std::uint16_t upper_words[32];  // the odd words, twice over
-  alignas(64) std::uint16_t spread[32];       // 128-bit lane l: bytes 4l to 4l + 3, each as two words
+  alignas(64) std::uint16_t spread[32];  // 128-bit lane l: bytes 4l to 4l + 3, each as two words
 };
 
 constexpr Patterns make_patterns() {
@@ -34,8 +35,7 @@ PYFAST_INLINE __m512i table_of(float scale, const BFloat16*) {
   const __m512 exact = scaled_codes(scale);
   const __m512i bits = _mm512_castps_si512(exact);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(exact, exact, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
   return _mm512_permutexvar_epi16(_mm512_load_si512(kPatterns.upper_words), kept);
@@ -53,8 +53,8 @@ PYFAST_INLINE __m512i table_of(float scale, const float*) {
 // 32 elements of 16 bits from 16 bytes: every word gets its byte, shifted by 4 in the even ones.
 template <class T>
 PYFAST_INLINE void decode32(const std::uint8_t* packed, __m512i table, T* out) {
-  const __m512i bytes = _mm512_broadcast_i32x4(
-      _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const __m512i bytes =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(kPatterns.spread));
   const __m512i index = _mm512_srlv_epi16(words, _mm512_set1_epi32(4));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
@@ -65,10 +65,9 @@ PYFAST_INLINE void decode32(const std::uint8_t* packed, __m512i table, float* ou
   for (int half = 0; half < 2; ++half) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8 * half));
     const __m512i doubles = _mm512_cvtepu8_epi64(bytes);
-    const __m512i pairs = _mm512_or_si512(_mm512_srli_epi64(doubles, 4),
-                                          _mm512_slli_epi64(doubles, 32));
-    _mm512_storeu_ps(out + 16 * half,
-                     _mm512_permutexvar_ps(pairs, _mm512_castsi512_ps(table)));
+    const __m512i pairs =
+        _mm512_or_si512(_mm512_srli_epi64(doubles, 4), _mm512_slli_epi64(doubles, 32));
+    _mm512_storeu_ps(out + 16 * half, _mm512_permutexvar_ps(pairs, _mm512_castsi512_ps(table)));
   }
 }
 

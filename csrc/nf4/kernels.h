@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels that dispatch.cpp chooses from. CPU kernels do a range of blocks on the calling thread;
-// CUDA launchers enqueue the whole tensor on the current device.
+// The kernels that dispatch.cpp chooses from. CPU kernels do a range of blocks on the calling
+// thread; CUDA launchers enqueue the whole tensor on the current device.
 #pragma once
 
 #include "nf4/nf4.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// 8-bit codes of the scales, by the rule of bitsandbytes on CPU: [-1, 1] is cut into 65,536 bins, and a
-// bin has the code nearest to its own centre. One code in 500 therefore differs by one from the nearest,
-// which the CUDA kernel takes, as bitsandbytes' does.
+// 8-bit codes of the scales, by the rule of bitsandbytes on CPU: [-1, 1] is cut into 65,536 bins,
+// and a bin has the code nearest to its own centre. One code in 500 therefore differs by one from
+// the nearest, which the CUDA kernel takes, as bitsandbytes' does.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -28,8 +28,8 @@ const std::array<std::uint8_t, kBins>& bin_codes() {
   return codes;
 }
 
-// NaN gives bin 0. The last step is a fused multiply-add in bitsandbytes' build; in double it is exact
-// before the one rounding, so it needs no FMA instruction here.
+// NaN gives bin 0. The last step is a fused multiply-add in bitsandbytes' build; in double it is
+// exact before the one rounding, so it needs no FMA instruction here.
 std::size_t bin_of(float x) {
   if (!(x >= -1.0F)) return 0;
   x = std::min(x, 1.0F);

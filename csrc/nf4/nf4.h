@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // NF4: 4-bit codes with one fp32 scale per block, in the format of bitsandbytes.
 //
-// A tensor is read flat, in row-major order. Block b is the elements [b * blocksize, (b + 1) * blocksize);
-// the last one may be short. An element is code[c] * absmax[b], with c the nearest of the 16 codes to
-// element / absmax[b]. Byte j of `packed` holds element 2j in its high nibble and 2j + 1 in its low one.
+// A tensor is read flat, in row-major order. Block b is the elements [b * blocksize, (b + 1) *
+// blocksize); the last one may be short. An element is code[c] * absmax[b], with c the nearest of
+// the 16 codes to element / absmax[b]. Byte j of `packed` holds element 2j in its high nibble and
+// 2j + 1 in its low one.
 //
 // Nested scales ("double quantisation") are themselves stored in 8 bits, in groups of 256 blocks:
 // absmax[b] = map[codes[b]] * nested_absmax[b / 256] + offset, the product rounded before the sum.
@@ -39,8 +40,8 @@ struct NestParams {
   float* nested_absmax;     // [G]
 };
 
-// Writes the elements [first_block * blocksize, + numel) of a tensor whose bytes and scales begin at
-// `packed` and `absmax`.
+// Writes the elements [first_block * blocksize, + numel) of a tensor whose bytes and scales begin
+// at `packed` and `absmax`.
 struct DequantizeParams {
   const std::uint8_t* packed;  // whole tensor
   const void* absmax;          // flat: float [B]; nested: uint8 [B]
@@ -53,8 +54,8 @@ struct DequantizeParams {
   int blocksize;
 };
 
-// Each checks what would corrupt memory, runs the first kernel of its table that fits `place` (or the one
-// called `variant`) and returns the kernel's name.
+// Each checks what would corrupt memory, runs the first kernel of its table that fits `place` (or
+// the one called `variant`) and returns the kernel's name.
 std::string_view quantize(const QuantizeParams& params, const Placement& place,
                           std::string_view variant);
 std::string_view nest(const NestParams& params, const Placement& place, std::string_view variant);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float to NF4, and scales to 8 bits, one launch each. Bytes and scales equal those of bitsandbytes on
-// CUDA, which is built with fast-math: the reciprocal is rcp.approx.ftz, and subnormals count as zero.
-// An all-zero block gets the code of zero, 7, where bitsandbytes' 0 * inf gives -1.
+// Float to NF4, and scales to 8 bits, one launch each. Bytes and scales equal those of bitsandbytes
+// on CUDA, which is built with fast-math: the reciprocal is rcp.approx.ftz, and subnormals count as
+// zero. An all-zero block gets the code of zero, 7, where bitsandbytes' 0 * inf gives -1.
 //
-// A NaN is passed over by the maximum and gets code 0. An infinity makes the block's absmax infinite;
-// the other elements get code 7 then, the infinities 0.
+// A NaN is passed over by the maximum and gets code 0. An infinity makes the block's absmax
+// infinite; the other elements get code 7 then, the infinities 0.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kLaneElements = 8;                    // one 4-byte store of codes
+constexpr int kLaneElements = 8;                   // one 4-byte store of codes
 constexpr int kWarpElements = 32 * kLaneElements;  // 256
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
@@ -55,7 +55,8 @@ __device__ __forceinline__ float max_over(float value, int lanes) {
   return value;
 }
 
-// Threshold and base of a bucket, in 16 columns: half a warp's 8-byte look-ups fall into all 32 banks.
+// Threshold and base of a bucket, in 16 columns: half a warp's 8-byte look-ups fall into all 32
+// banks.
 struct Tables {
   float2 bucket[32][16];
   __device__ __forceinline__ void fill() {
@@ -158,7 +159,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Blocks of 512 and more: a warp takes one, and reads it twice; the second time it comes from a cache.
+// Blocks of 512 and more: a warp takes one, and reads it twice; the second time it comes from a
+// cache.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     quantize_large_kernel(const QuantizeParams params, const bool vectors) {
@@ -189,9 +191,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A warp takes a group of 256 scales. The code is the nearest one, a tie going to the even index: the
-// number of bounds below x, where bound j is the midpoint of codes j and j + 1, and for odd j the float
-// just below it.
+// A warp takes a group of 256 scales. The code is the nearest one, a tie going to the even index:
+// the number of bounds below x, where bound j is the midpoint of codes j and j + 1, and for odd j
+// the float just below it.
 __global__ void __launch_bounds__(kThreads) nest_kernel(const NestParams params) {
   __shared__ float bounds[256];
   const int i = threadIdx.x;
@@ -215,7 +217,8 @@ __global__ void __launch_bounds__(kThreads) nest_kernel(const NestParams params)
   }
   const float absmax = max_over(most, 32);
   if (threadIdx.x % 32 == 0) params.nested_absmax[group] = absmax;
-  const float factor = reciprocal(absmax);  // 1 / 0 makes NaN below, whose code is 0 as in bitsandbytes
+  const float factor =
+      reciprocal(absmax);  // 1 / 0 makes NaN below, whose code is 0 as in bitsandbytes
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
     const std::int64_t at = first + 32 * k;

@@ -24,8 +24,8 @@ struct Tree {
 };
 
 PYFAST_INLINE __m256i encode8(const Tree& tree, __m256 x) {
-  __m256i code = _mm256_srli_epi32(
-      _mm256_castps_si256(_mm256_cmp_ps(x, tree.level[0], _CMP_GT_OQ)), 31);
+  __m256i code =
+      _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(x, tree.level[0], _CMP_GT_OQ)), 31);
   for (int l = 1; l < 4; ++l) {
     const __m256 threshold = _mm256_permutevar8x32_ps(tree.level[l], code);
     const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, threshold, _CMP_GT_OQ));
@@ -36,8 +36,8 @@ PYFAST_INLINE __m256i encode8(const Tree& tree, __m256 x) {
 
 // The low bytes of 8 lanes of 32 bits, in order.
 PYFAST_INLINE void store_bytes8(std::uint8_t* out, __m256i lanes) {
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(lanes),
-                                         _mm256_extracti128_si256(lanes, 1));
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(words, words));
 }
 

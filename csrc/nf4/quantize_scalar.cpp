@@ -11,7 +11,8 @@ void quantize_scalar(const QuantizeParams& params, std::int64_t begin, std::int6
     using T = decltype(zero);
     for (std::int64_t block = begin; block < end; ++block) {
       const std::int64_t at = block * params.blocksize;
-      const auto count = static_cast<int>(std::min<std::int64_t>(params.blocksize, params.numel - at));
+      const auto count =
+          static_cast<int>(std::min<std::int64_t>(params.blocksize, params.numel - at));
       quantize_block_scalar(static_cast<const T*>(params.src) + at, count, params.blocksize,
                             params.packed + at / 2, params.absmax + block);
     }

@@ -3,8 +3,8 @@
 
 from pyfast.integrations import bitsandbytes, transformers
 from pyfast.integrations.accelerate import Report, accelerate
-from pyfast.integrations.peft import adapter_state_dict, load_adapter, save_adapter
-from pyfast.integrations.transformers import apply
+from pyfast.integrations.peft import adapter_state_dict, save_adapter
+from pyfast.integrations.transformers import apply, load_adapter
 
 __all__ = [
     "Report",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one-line drop-in: serve the linears of an existing PEFT or bitsandbytes model by our ops.
 
-A served module becomes an instance of a subclass of its own class that shares all its state, so names,
-parameters, hooks, state-dict keys and the library's own functions (merge, disable, save) stay as they are.
+A served module's class becomes a subclass of its own class, so identity, names, parameters, hooks,
+state-dict keys and the library's own functions (merge, disable, save) stay as they are.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyfast.integrations.bitsandbytes import unsupported_reason, view_linear4bit
-from pyfast.methods.base import adapted_modules, replace_module
+from pyfast.methods.base import adapted_modules
 from pyfast.nn import AdapterLayer, NF4Linear, weight_of
+from pyfast.nn.adapter_layer import has_hooks
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def accelerate(model: nn.Module) -> Report:
         if lora_layer is not None and isinstance(module, lora_layer.LoraLayer):
             reason = _lora_reason(module)
             if not reason:
-                replace_module(model, path, _served(module, _LoraForward))
+                _serve(module, _LoraForward)
             report.rows.append(Row(path, f"PEFT {name}", "" if reason else "lora_linear", reason))
             inside.append(f"{path}.")
         elif bnb is not None and isinstance(module, bnb.Linear4bit):
             reason = unsupported_reason(module)
             if not reason:
-                replace_module(model, path, _served(module, _Linear4bitForward))
+                _serve(module, _Linear4bitForward)
             report.rows.append(Row(path, name, "" if reason else "nf4_linear", reason))
         elif isinstance(module, NF4Linear):
             report.rows.append(Row(path, name, "nf4_linear", ""))
@@ -106,11 +107,15 @@ def accelerate(model: nn.Module) -> Report:
 def _lora_reason(module: Any) -> str:
     """Why a PEFT LoRA layer cannot be served; empty if it can."""
     base = module.get_base_layer()
+    if "forward" in vars(module) or "forward" in vars(base):
+        return "its forward was replaced, as hooks that move weights between devices do"
     if weight_of(base) is None:
         if hasattr(base, "compute_dtype") and hasattr(base.weight, "quant_state"):
             return unsupported_reason(base)
         return f"its base layer {type(base).__name__} is not a linear that pyfast knows"
-    if getattr(module, "lora_variant", None):
+    if type(module).__name__ not in ("Linear", "Linear4bit"):
+        return f"PEFT's {type(module).__name__} has a forward of its own"
+    if module.lora_variant:
         return "it uses a LoRA variant such as DoRA"
     if any(module.lora_bias.values()):
         return "it has a bias in lora_B"
@@ -119,13 +124,9 @@ def _lora_reason(module: Any) -> str:
     return ""
 
 
-def _served(module: nn.Module, mixin: type) -> nn.Module:
-    if isinstance(module, mixin):
-        return module
-    cls = _served_class(type(module), mixin)  # type: ignore[arg-type]
-    twin: nn.Module = cls.__new__(cls)
-    twin.__dict__ = module.__dict__
-    return twin
+def _serve(module: nn.Module, mixin: type) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = _served_class(type(module), mixin)  # type: ignore[arg-type]
 
 
 @cache
@@ -135,7 +136,20 @@ def _served_class(cls: Any, mixin: type) -> type[nn.Module]:
     return served
 
 
-class _LoraForward:
+def _blank(cls: Any, mixin: type) -> nn.Module:
+    served = _served_class(cls, mixin)
+    return served.__new__(served)
+
+
+class _Served:
+    """Pickles and copies as a module of a class that is made again."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mixin, cls = type(self).__mro__[1], type(self).__mro__[3]
+        return _blank, (cls, mixin), self.__getstate__()
+
+
+class _LoraForward(_Served):
     """Forward of a PEFT LoRA layer through `lora_linear` where one plain adapter is active."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -143,24 +157,23 @@ class _LoraForward:
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         weight = None
         if not (args or kwargs or layer.disable_adapters or layer.merged) and len(active) == 1:
-            weight = weight_of(layer.get_base_layer())
+            base = layer.get_base_layer()
+            weight = None if has_hooks(base) else weight_of(base)
         if weight is None or layer.lora_variant or layer.lora_bias[active[0]]:
             out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return out
         name = active[0]
         dropout = layer.lora_dropout[name]
-        p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return weight.lora_linear(x, a, b, layer.scaling[name], p)
 
 
-class _Linear4bitForward:
+class _Linear4bitForward(_Served):
     """Forward of bitsandbytes' `Linear4bit` through `nf4_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
-        if layer.compute_dtype is None:
-            layer.set_compute_type(x)
         weight = view_linear4bit(layer)
         if weight is None:
             out: Tensor = super().forward(x)  # type: ignore[misc]

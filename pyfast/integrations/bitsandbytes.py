@@ -33,13 +33,15 @@ def view_linear4bit(module: nn.Module) -> NF4Weight | None:
 
 def unsupported_reason(module: nn.Module) -> str:
     """Why a `Linear4bit` cannot be served by our kernels; empty if it can."""
+    if "forward" in vars(module):
+        return "its forward was replaced, as hooks that move weights between devices do"
     state: Any = getattr(module.weight, "quant_state", None)
     if state is None:
         return "its weight is not quantised yet; move the model to its device first"
     if state.quant_type != "nf4":
         return f"its quant_type is {state.quant_type!r}; only 'nf4' is served"
     if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes repacked its weight for CPU inference; call model.train() first"
+        return "bitsandbytes repacked its weight for CPU inference; model.state_dict() unpacks it"
     if state.nested and state.state2.blocksize != NEST_BLOCK:
         return f"its nested blocksize is {state.state2.blocksize}; only {NEST_BLOCK} is served"
     if len(state.shape) != 2:

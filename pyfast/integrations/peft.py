@@ -1,46 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's adapter files: `adapter_config.json` and `adapter_model.safetensors`, read and written.
-
-Nothing here imports PEFT. A file is untrusted: its size, JSON, keys, shapes, dtypes and values are
-checked before the model changes.
-"""
+"""PEFT's adapter format for models: read, written and copied over. Nothing here imports PEFT."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyfast.errors import (
-    AdapterMismatchError,
-    ConfigError,
-    EmbeddingNotSavedError,
-    NonFiniteError,
-    UnsafeFileError,
+from pyfast.errors import AdapterMismatchError, ConfigError, EmbeddingNotSavedError
+from pyfast.integrations.adapter_file import (
+    PREFIX,
+    check_finite,
+    read_config,
+    read_tensors,
+    write_adapter,
 )
 from pyfast.methods.apply import (
     adapter_parameters,
     check_adapter_name,
     commit_plan,
-    config_from_fields,
     known_adapter,
     prepare,
 )
 from pyfast.methods.base import METHODS, adapted_modules
 from pyfast.methods.targets import match_targets
 from pyfast.nn import AdapterLayer, DenseWeight, SavedModule
-
-PREFIX = "base_model.model."
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_TENSORS = 1_000_000
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -80,15 +70,10 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     _check_vocabulary(model, adapter_name)
     tensors = {k: v.contiguous().cpu() for k, v in adapter_state_dict(model, adapter_name).items()}
     for key, tensor in tensors.items():
-        _check_finite(f"adapter {adapter_name!r}", key, tensor)
-    fields = _config_fields(model, config, method.peft_type, adapter_name)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
-    save_file(tensors, weights.with_suffix(".tmp"), metadata={"format": "pt"})
-    settings.with_suffix(".tmp").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    weights.with_suffix(".tmp").replace(weights)
-    settings.with_suffix(".tmp").replace(settings)
+        check_finite(f"adapter {adapter_name!r}", key, tensor)
+    write_adapter(
+        Path(directory), tensors, _config_fields(model, config, method.peft_type, adapter_name)
+    )
 
 
 def _config_fields(
@@ -117,190 +102,87 @@ def _config_fields(
     return fields
 
 
-def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """Shortest names that select exactly these modules: last parts if unambiguous, else full paths."""
+def _target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
+    """Shortest form that selects exactly these modules: last parts, full paths, or a regular expression."""
     short = sorted({path.rpartition(".")[2] for path in paths})
-    if set(match_targets(model, short)) == set(paths):
-        return short
-    return sorted(paths)
+    for names in (short, sorted(paths)):
+        if set(match_targets(model, names)) == set(paths):
+            return names
+    return "|".join(re.escape(path) for path in sorted(paths))
 
 
 def _check_vocabulary(model: nn.Module, adapter_name: str) -> None:
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
+    """Refuse to save where the embeddings have other rows than the model's files and are not saved."""
     source = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""))
     config_file = source / "config.json"
-    if embedding is None or not source.name or not config_file.is_file():
+    if not source.name or not config_file.is_file():
         return
     before = json.loads(config_file.read_text()).get("vocab_size")
-    rows = embedding.weight.shape[0]
-    if not isinstance(before, int) or before == rows:
-        return
-    if isinstance(embedding, SavedModule) and adapter_name in embedding.adapter_names():
-        return
-    raise EmbeddingNotSavedError(
-        f"the vocabulary was resized {before} -> {rows}, but the embeddings are not part of adapter "
-        f"{adapter_name!r}; reloading would give random rows. Nothing was written. Fix: "
-        "modules_to_save with the embedding's (and output layer's) name before training"
-    )
+    paths = {module: path for path, module in model.named_modules()}
+    lost, seen = [], set()
+    for side in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, side, None)
+        module = get() if callable(get) else None
+        if module is None or (rows := module.weight.shape[0]) == before:
+            continue
+        tied = id(module.weight) in seen
+        seen.add(id(module.weight))
+        saved = isinstance(module, SavedModule) and adapter_name in module.adapter_names()
+        if not (saved or tied):
+            lost.append((paths.get(module, side).rpartition(".")[2], rows))
+    if isinstance(before, int) and lost:
+        names = [name for name, _ in lost]
+        raise EmbeddingNotSavedError(
+            f"the vocabulary was resized {before} -> {lost[0][1]}, but {' and '.join(names)} "
+            f"{'are' if len(names) > 1 else 'is'} not part of adapter {adapter_name!r}; reloading would "
+            f"give random rows. Nothing was written. Fix: modules_to_save={names} before training"
+        )
 
 
-def load_adapter(
-    model: nn.Module,
-    directory: str | Path,
-    adapter_name: str = "default",
-    trainable: bool = False,
-) -> nn.Module:
-    """Add an adapter from PEFT's format to a model, in place, and make it the active one.
-
-    Args:
-        model: the base model, or one with other adapters.
-        directory: holds `adapter_config.json` and `adapter_model.safetensors`.
-        adapter_name: name in this model.
-        trainable: whether its parameters require gradients.
-
-    Returns:
-        The same model.
-
-    Raises:
-        AdapterMismatchError: tensors are missing, unexpected, of the wrong shape or dtype.
-        NonFiniteError: a value is NaN or infinite.
-        UnsafeFileError: only a pickle is there, or the file is oversized.
-        UnsupportedError: the config sets something that is not served.
-        FileNotFoundError: a file is missing.
-    """
-    directory = Path(directory)
+def read_adapter(model: nn.Module, directory: Path, adapter_name: str, trainable: bool) -> None:
+    """Add an adapter from PEFT's format to a model and make it the active one; see `load_adapter`."""
     config = read_config(directory)
-    tensors = _read_tensors(directory)
-    plan, ours = prepare(model, config, adapter_name, False, True)
-    _check_fit(tensors, dict(plan.shapes), directory, type(model).__name__)
-    for key, tensor in tensors.items():
-        _check_finite(f"adapter {str(directory)!r}", key, tensor)
-    commit_plan(model, ours, adapter_name, plan, ours)
+    # The file's tensors say exactly what is adapted, so a name that matches nothing does no harm.
+    plan, ours = prepare(model, config, adapter_name, True, True)
+    tensors = read_tensors(directory, plan.shapes, _base_tensors(model), type(model).__name__)
+    commit_plan(model, adapter_name, plan, ours)
     with torch.no_grad():
         for key, parameter in adapter_parameters(model, adapter_name).items():
-            parameter.copy_(tensors[PREFIX + key])
+            parameter.copy_(tensors[key])
             parameter.requires_grad_(trainable)
-    from pyfast.integrations.transformers import adopt
-
-    adopt(model)
-    return model
 
 
-def read_config(directory: Path) -> Any:
-    """Our config from an `adapter_config.json`.
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Embedding weights, of which PEFT puts copies into its files, under the keys it gives them."""
+    tensors: dict[str, Tensor] = {}
+    for side in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, side, None)
+        module = get() if callable(get) else None
+        for path, candidate in model.named_modules():
+            if module is not None and candidate is module:
+                tensors[f"{path}.weight"] = tensors[f"{path}.base_layer.weight"] = module.weight
+    return tensors
+
+
+def copy_adapter(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors under PEFT's file keys over the parameters of an adapter that a model carries.
 
     Raises:
-        ConfigError: not a JSON object, or a field has the wrong type.
-        UnsupportedError: a method or setting that is not served.
+        AdapterMismatchError: keys or shapes differ.
+        NonFiniteError: a value is NaN or infinite.
     """
-    path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a PEFT adapter directory holds it")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise UnsafeFileError(
-            f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; not an adapter config"
-        )
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({type(error).__name__}: {error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}, not a JSON object")
-    kind = values.get("peft_type")
-    for method in METHODS.values():
-        if method.peft_type is not None and method.peft_type == kind:
-            _check_types(path, method.config_type, values)
-            return config_from_fields(method, values)
-    served = sorted(m.peft_type for m in METHODS.values() if m.peft_type)
-    raise ConfigError(f"{path}: peft_type {kind!r} is not served; use one of {served}")
-
-
-def _check_types(path: Path, config_type: type[Any], values: dict[str, Any]) -> None:
-    """Compare JSON values with the types of the dataclass's default and a few known forms."""
-    names = ("target_modules", "exclude_modules", "layers_pattern")
-    for field in dataclasses.fields(config_type):
-        value = values.get(field.name)
-        if value is None:
-            values.pop(field.name, None)
-            continue
-        kind = str(field.type)
-        ok = True
-        if field.name in (*names, "modules_to_save"):
-            ok = isinstance(value, list) and all(isinstance(item, str) for item in value)
-            ok = ok or (field.name in names and isinstance(value, str))
-        elif kind.startswith("dict"):
-            ok = isinstance(value, dict) and all(
-                isinstance(number, (int, float)) for number in value.values()
-            )
-        elif kind == "int":
-            ok = type(value) is int
-        elif kind == "float":
-            ok = type(value) in (int, float)
-        elif kind == "bool":
-            ok = type(value) is bool
-        elif kind.startswith("list[int]"):
-            ok = isinstance(value, int) or (
-                isinstance(value, list) and all(type(item) is int for item in value)
-            )
-        elif kind.startswith("str"):
-            ok = isinstance(value, str)
-        if not ok:
-            raise ConfigError(f"{path}: {field.name}={value!r} is not of type {kind}")
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        if (directory / "adapter_model.bin").is_file():
-            raise UnsafeFileError(
-                f"'{directory / 'adapter_model.bin'}' is a Python pickle and can run code when read; "
-                "pyfast does not open it. Fix, on a machine you trust: pyfast convert"
-            )
-        raise FileNotFoundError(f"{path} is missing; a PEFT adapter directory holds it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            if len(keys) > _MAX_TENSORS:
-                raise UnsafeFileError(f"{path} holds {len(keys)} tensors; not an adapter")
-            return {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise AdapterMismatchError(f"{path} is damaged: {error}. Nothing was changed") from None
-
-
-def _check_fit(
-    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], directory: Path, model: str
-) -> None:
-    expected = {PREFIX + key: shape for key, shape in shapes.items()}
-    missing = sorted(expected.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - expected.keys())
-    where = f"adapter {str(directory)!r} does not fit {model}"
-    if missing or extra:
-        parts = [
-            f"{len(keys)} {what} (first: {keys[0]!r})"
-            for what, keys in (("tensors missing", missing), ("unexpected", extra))
-            if keys
-        ]
+    parameters = adapter_parameters(model, adapter_name)
+    found = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    wrong = sorted(parameters.keys() ^ found.keys()) or [
+        key for key, parameter in parameters.items() if parameter.shape != found[key].shape
+    ]
+    if wrong:
         raise AdapterMismatchError(
-            f"{where}: of {len(expected)} tensors expected, {', '.join(parts)}. "
-            "The adapter was NOT applied. Fix: load it into the model it was trained on"
+            f"the tensors do not fit adapter {adapter_name!r} of {type(model).__name__}: {len(wrong)} "
+            f"keys or shapes differ (first: {wrong[0]!r}). Nothing was changed"
         )
-    for key, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[key]:
-            raise AdapterMismatchError(
-                f"{where}: {key} has shape {list(tensor.shape)}, {list(expected[key])} is needed. "
-                "The adapter was NOT applied"
-            )
-        if not tensor.is_floating_point():
-            raise AdapterMismatchError(
-                f"{where}: {key} is {tensor.dtype}, not a floating-point type. "
-                "The adapter was NOT applied"
-            )
-
-
-def _check_finite(what: str, key: str, tensor: Tensor) -> None:
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise NonFiniteError(
-            f"{what} has {bad} NaN or infinite values in {key}. Nothing was changed"
-        )
+    for key, tensor in found.items():
+        check_finite(f"adapter {adapter_name!r}", key, tensor)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(found[key])

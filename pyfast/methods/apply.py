@@ -18,7 +18,7 @@ from torch import nn
 from pyfast.errors import AdapterStateError, NonFiniteError, TargetModuleError, UnsupportedError
 from pyfast.methods.base import METHODS, Method, Plan, adapted_modules, replace_module
 from pyfast.methods.lora import quantize_linears
-from pyfast.methods.targets import full_match, linear_modules, output_layers
+from pyfast.methods.targets import linear_modules, named, output_layers
 from pyfast.nn import AdapterLayer, NF4Linear, SavedModule
 
 _CONFIGS = "_pyfast_configs"
@@ -27,7 +27,7 @@ _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_-")
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
     """Adapter name to config for everything applied to a model."""
-    configs: dict[str, Any] = model.__dict__.setdefault(_CONFIGS, {})
+    configs: dict[str, Any] = model.__dict__.get(_CONFIGS, {})
     return configs
 
 
@@ -131,9 +131,8 @@ def apply(
         UnsupportedError: a setting that is not served.
         AdapterStateError: the name is taken or not allowed, or adapters are merged.
     """
-    commit_plan(model, config, adapter_name, *prepare(
-        model, config, adapter_name, allow_unmatched, autocast_adapter_dtype
-    ))  # fmt: skip
+    plan, ours = prepare(model, config, adapter_name, allow_unmatched, autocast_adapter_dtype)
+    commit_plan(model, adapter_name, plan, ours)
     return model
 
 
@@ -159,13 +158,13 @@ def prepare(
     return plan, ours
 
 
-def commit_plan(model: nn.Module, config: Any, adapter_name: str, plan: Plan, ours: Any) -> None:
+def commit_plan(model: nn.Module, adapter_name: str, plan: Plan, ours: Any) -> None:
     """Carry a plan out: freeze, add, register, activate."""
     if plan.shapes:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
     plan.commit()
-    adapter_configs(model)[adapter_name] = ours
+    model.__dict__.setdefault(_CONFIGS, {})[adapter_name] = ours
     if plan.shapes:
         set_adapter(model, adapter_name)
 
@@ -180,6 +179,10 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     for name in wanted:
         known_adapter(model, name)
     _refuse_merged(model, "set_adapter")
+    _activate(model, wanted)
+
+
+def _activate(model: nn.Module, wanted: list[str]) -> None:
     for module in adapted_modules(model).values():
         module.set_active(wanted)
         for name in module.adapter_names():
@@ -189,6 +192,8 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter; a layer that holds none any more becomes its base layer again.
+
+    Where it was the active one, the base serves until `set_adapter` chooses another.
 
     Raises:
         AdapterStateError: an unknown name, or adapters are merged.
@@ -222,12 +227,12 @@ def merge(
 
     Args:
         model: a model with adapters.
-        names: adapters to merge; default the active ones.
+        names: adapters to merge, which become the active ones; default those that are active.
         dtype: for NF4 layers.
 
     Raises:
         AdapterStateError: nothing to merge, already merged, or an unknown name.
-        NonFiniteError: an adapter holds NaN or infinity; the model is unchanged.
+        NonFiniteError: an adapter or a merged weight holds NaN or infinity; the model is unchanged.
     """
     layers = [m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer)]
     _refuse_merged(model, "merge")
@@ -240,11 +245,20 @@ def merge(
                     f"adapter {name!r} has {bad} non-finite values in {key}; merging would spread them "
                     "to the base weights. The model is unchanged"
                 )
-    with torch.no_grad():
-        for layer in layers:
-            held = [name for name in wanted if name in layer.adapter_names()]
-            if held:
-                layer.merge(held, dtype)
+    done: list[AdapterLayer] = []
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                held = [name for name in wanted if name in layer.adapter_names()]
+                if held:
+                    layer.merge(held, dtype)
+                    done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    if names is not None:
+        _activate(model, wanted)
     return model
 
 
@@ -356,7 +370,7 @@ def quantize(
     skipped, linears = list(skip_modules or ()), linear_modules(model)
     heads = output_layers(model)
     for name in skipped:
-        if not any(full_match(rf"(.*\.)?{name}", path) for path in linears):
+        if not any(named([name], path) for path in linears):
             raise TargetModuleError(f"skip_modules: {name!r} matches no linear module")
     paths = [
         path
@@ -365,7 +379,7 @@ def quantize(
         and not isinstance(module, NF4Linear)
         and getattr(module, "weight", None) is not None
         and module.weight.is_floating_point()  # type: ignore[operator]
-        and not any(full_match(rf"(.*\.)?{name}", path) for name in skipped)
+        and not named(skipped, path)
     ]
     if not paths:
         raise TargetModuleError(f"{type(model).__name__} has no dense linear layer to quantise")

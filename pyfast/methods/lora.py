@@ -18,13 +18,15 @@ from pyfast.errors import ConfigError, UnsupportedError
 from pyfast.methods.base import Plan, register_method, replace_module
 from pyfast.methods.saved import plan_saved
 from pyfast.methods.targets import (
-    check_patterns,
     linear_modules,
     match_saved,
     match_targets,
-    pattern_value,
+    pattern_values,
 )
 from pyfast.nn import AdapterLayer, NF4Linear, Weight, weight_of
+from pyfast.nn.adapter_layer import has_hooks
+
+_MAX_ALPHA = 1e9
 
 
 @dataclass
@@ -81,9 +83,9 @@ class LoraConfig:
                 )
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-            if not number or not math.isfinite(alpha) or alpha == 0:
+            if not number or alpha == 0 or not abs(alpha) <= _MAX_ALPHA:
                 raise ConfigError(
-                    f"LoraConfig: {name}={alpha!r} must be a finite number other than 0"
+                    f"LoraConfig: {name}={alpha!r} must be a number other than 0 of at most {_MAX_ALPHA:g}"
                 )
         number = isinstance(self.lora_dropout, (int, float))
         if not number or not 0.0 <= self.lora_dropout < 1.0:
@@ -100,15 +102,26 @@ class LoraConfig:
                 "LoraConfig: use_dora=True is not served yet; use use_dora=False, or PEFT for DoRA"
             )
 
-    def scale(self, path: str) -> float:
-        """s for the module at a path."""
-        alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
-        rank = self.rank(path)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def rank(self, path: str) -> int:
-        """R for the module at a path."""
-        return int(pattern_value(self.rank_pattern, path, self.r))
+    def ranks_and_scales(
+        self, paths: list[str], *, allow_unmatched: bool = False
+    ) -> tuple[dict[str, int], dict[str, float]]:
+        """R and s for the modules at these paths."""
+        found = pattern_values(
+            "rank_pattern", self.rank_pattern, paths, self.r, allow_unmatched=allow_unmatched
+        )
+        alphas = pattern_values(
+            "alpha_pattern",
+            self.alpha_pattern,
+            paths,
+            self.lora_alpha,
+            allow_unmatched=allow_unmatched,
+        )
+        ranks = {path: int(rank) for path, rank in found.items()}
+        scales = {
+            path: alphas[path] / (math.sqrt(rank) if self.use_rslora else rank)
+            for path, rank in ranks.items()
+        }
+        return ranks, scales
 
 
 class LoraLinear(AdapterLayer):
@@ -159,10 +172,16 @@ class LoraLinear(AdapterLayer):
         if not self.enabled or not self.active or self.merged:
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
+        y: Tensor
         first, *others = self.active
-        a, b = self._factors(first)
-        dropout = self.dropout[first] if self.training else 0.0
-        y = self.base_weight.lora_linear(x, a, b, self.scaling[first], dropout)
+        weight = None if has_hooks(self.base_layer) else weight_of(self.base_layer)
+        if weight is None:
+            # Hooks watch the base layer or serve it (offloading): it is called, nothing is fused with it.
+            y, others = self.base_layer(x, *args, **kwargs), self.active
+        else:
+            a, b = self._factors(first)
+            dropout = self.dropout[first] if self.training else 0.0
+            y = weight.lora_linear(x, a, b, self.scaling[first], dropout)
         for name in others:
             a, b = self._factors(name)
             dropped = nn.functional.dropout(x.to(a.dtype), self.dropout[name], self.training)
@@ -194,24 +213,24 @@ class LoraMethod:
     ) -> Plan:
         """Match the targets; see `Method.plan`."""
         config.check()
+        whole = match_saved(model, config.modules_to_save, allow_unmatched=allow_unmatched)
         paths = match_targets(
             model,
             config.target_modules,
             exclude=config.exclude_modules,
             layers=config.layers_to_transform,
             layers_pattern=config.layers_pattern,
+            saved=whole,
             allow_unmatched=allow_unmatched,
         )
-        check_patterns("rank_pattern", config.rank_pattern, paths)
-        check_patterns("alpha_pattern", config.alpha_pattern, paths)
-        saved = plan_saved(model, match_saved(model, config.modules_to_save, paths), adapter_name)
+        ranks, scales = config.ranks_and_scales(paths, allow_unmatched=allow_unmatched)
+        saved = plan_saved(model, whole, adapter_name)
         linears = linear_modules(model)
         shapes: dict[str, tuple[int, ...]] = dict(saved.shapes)
         for path in paths:
             weight = _weight(linears[path])
-            rank = config.rank(path)
-            shapes[f"{path}.lora_A.weight"] = (rank, weight.in_features)
-            shapes[f"{path}.lora_B.weight"] = (weight.out_features, rank)
+            shapes[f"{path}.lora_A.weight"] = (ranks[path], weight.in_features)
+            shapes[f"{path}.lora_B.weight"] = (weight.out_features, ranks[path])
 
         def commit() -> None:
             for path in paths:
@@ -222,8 +241,8 @@ class LoraMethod:
                     replace_module(model, path, layer)
                 layer.add(
                     adapter_name,
-                    config.rank(path),
-                    config.scale(path),
+                    ranks[path],
+                    scales[path],
                     config.lora_dropout,
                     config.init_lora_weights,
                     _adapter_dtype(layer.base_weight, autocast_adapter_dtype),

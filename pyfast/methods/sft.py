@@ -9,7 +9,7 @@ from torch import nn
 
 from pyfast.errors import AdapterStateError, TargetModuleError, UnsupportedError
 from pyfast.methods.base import Plan, adapted_modules, register_method
-from pyfast.nn import NF4Linear
+from pyfast.nn import NF4Weight, weight_of
 
 
 @dataclass
@@ -45,11 +45,14 @@ class SFTMethod:
                 "SFT trains the whole model, but it carries adapters; merge or delete them first"
             )
         quantised = [
-            path for path, module in model.named_modules() if isinstance(module, NF4Linear)
+            path
+            for path, module in model.named_modules()
+            if isinstance(weight_of(module), NF4Weight)
+            or any(not p.is_floating_point() for p in module.parameters(recurse=False))
         ]
         if quantised:
             raise UnsupportedError(
-                f"SFT cannot train 4-bit weights ({len(quantised)} layers, first {quantised[0]!r}); "
+                f"SFT cannot train quantised weights ({len(quantised)} layers, first {quantised[0]!r}); "
                 "load the model dense, or use LoraConfig"
             )
         names = config.freeze_modules or []

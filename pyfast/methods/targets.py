@@ -5,64 +5,105 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import time
 from collections.abc import Iterable, Mapping
 
 import regex
 from torch import nn
 
-from pyfast.errors import TargetModuleError, UnsafeFileError
+from pyfast.errors import (
+    AdapterStateError,
+    TargetModuleError,
+    UnsafeFileError,
+    UnsupportedError,
+)
 from pyfast.families import family_of
 from pyfast.nn import AdapterLayer, SavedModule, weight_of
 
 ALL_LINEAR = "all-linear"
 _PATTERN_SECONDS = 1.0
+_PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
+# Heads of transformers' classifiers, which have no output embedding (PEFT spares them by these names too).
+_CLASSIFIER_HEADS = ("score", "classifier")
 
 
-def full_match(pattern: str, text: str) -> bool:
-    """Whether a regular expression matches the whole text; a pattern may come from an untrusted file.
+class Matcher:
+    """Regular expressions that may come from an untrusted file: one second for all questions together."""
 
-    Raises:
-        TargetModuleError: the pattern is not a regular expression.
-        UnsafeFileError: matching takes longer than a second (catastrophic backtracking).
-    """
-    try:
-        return regex.fullmatch(pattern, text, timeout=_PATTERN_SECONDS) is not None
-    except regex.error as error:
-        raise TargetModuleError(f"{pattern!r} is not a regular expression: {error}") from None
-    except TimeoutError:
-        raise UnsafeFileError(
-            f"the pattern {pattern!r} takes more than {_PATTERN_SECONDS:g} s on one module name; "
-            "use a list of names"
-        ) from None
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + _PATTERN_SECONDS
+
+    def full(self, pattern: str, text: str) -> bool:
+        """Whether the pattern matches the whole text.
+
+        Raises:
+            TargetModuleError: the pattern is not a regular expression.
+            UnsafeFileError: the time is up (catastrophic backtracking, or very many patterns).
+        """
+        try:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            return regex.fullmatch(pattern, text, timeout=left) is not None
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise TargetModuleError(
+                f"{_short(pattern)} is not a regular expression: {error}. Nothing was changed"
+            ) from None
+        except TimeoutError:
+            raise UnsafeFileError(
+                f"the pattern {_short(pattern)} takes more than {_PATTERN_SECONDS:g} s to match; use a "
+                "list of names. Nothing was changed"
+            ) from None
+
+    def ending(self, pattern: str, path: str) -> bool:
+        """Whether the pattern matches the whole path or an end of it that starts at a dot."""
+        return self.full(rf"(.*\.)?({pattern})", path)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path to base module of every linear layer that can carry an adapter; adapted ones by their path."""
+    """Path to base module of every linear layer that can carry an adapter; adapted ones by their path.
+
+    Raises:
+        AdapterStateError: the model carries PEFT's adapters, whose own linears must not be mistaken.
+    """
     found: dict[str, nn.Module] = {}
     inside: list[str] = []
     for path, module in model.named_modules():
         if any(path.startswith(prefix) for prefix in inside):
             continue
+        if any(f"{c.__module__}.{c.__qualname__}" == _PEFT_LAYER for c in type(module).__mro__):
+            raise AdapterStateError(
+                f"{path!r} carries an adapter of PEFT; serve it as it is with pyfast.accelerate(model), or "
+                "take PEFT's adapters off first. Nothing was changed"
+            )
         if isinstance(module, AdapterLayer):
             found[path] = module.base_layer
             inside.append(path + ".")
-        elif isinstance(module, SavedModule):
+        elif isinstance(module, (SavedModule, nn.MultiheadAttention)):
+            # torch's attention reads its output layer's weight and never calls the layer.
             inside.append(path + ".")
-        elif weight_of(module) is not None:
+        elif path and weight_of(module) is not None:
             found[path] = module
     return found
 
 
 def output_layers(model: nn.Module) -> set[str]:
-    """Paths of the output embedding (lm_head), which "all-linear" and `quantize` leave alone."""
+    """Paths of the output embedding (lm_head) or classifier, which "all-linear" and `quantize` spare."""
     get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if head is None:
+    if not callable(get):
         return set()
-    return {path for path, module in model.named_modules() if module is head}
+    head = get()
+    heads = [head] if head is not None else [getattr(model, n, None) for n in _CLASSIFIER_HEADS]
+    return {p for p, module in model.named_modules() if any(module is head for head in heads)}
 
 
-def _named(names: Iterable[str], path: str) -> bool:
+def named(names: Iterable[str], path: str) -> bool:
+    """Whether one of the names is the path or ends it after a dot."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -73,6 +114,7 @@ def match_targets(
     exclude: str | Iterable[str] | None = None,
     layers: int | Iterable[int] | None = None,
     layers_pattern: str | Iterable[str] | None = None,
+    saved: Iterable[str] = (),
     allow_unmatched: bool = False,
 ) -> list[str]:
     """Paths of the linear modules that `target_modules` names, in the model's order.
@@ -84,6 +126,7 @@ def match_targets(
         exclude: same forms; removed from the result.
         layers: keep only these layer indices.
         layers_pattern: name of the list of layers, where the first number in the path is not the index.
+        saved: paths of modules trained whole; what lies inside gets no adapter.
         allow_unmatched: let single names match nothing.
 
     Raises:
@@ -103,46 +146,71 @@ def match_targets(
         heads = output_layers(model)
         matched = [path for path in linears if path not in heads]
     elif isinstance(targets, str):
-        matched = [path for path in linears if full_match(targets, path)]
+        matcher = Matcher()
+        matched = [path for path in linears if matcher.full(targets, path)]
     else:
         names = list(targets)
-        matched = [path for path in linears if _named(names, path)]
-        missed = [name for name in names if not any(_named([name], path) for path in linears)]
+        matched = [path for path in linears if named(names, path)]
+        missed = [name for name in names if not any(named([name], path) for path in linears)]
         if missed and not allow_unmatched:
+            _refuse_other_kinds(model, missed[0])
             raise TargetModuleError(
                 _missed_text("target_modules", missed, names, linears, model_name)
             )
-    matched = _filtered(matched, exclude, layers, layers_pattern)
+        both = sorted(set(saved) & set(matched))
+        if both and not allow_unmatched:
+            raise TargetModuleError(
+                f"modules_to_save and target_modules both name {both[0]!r}; keep it in one of them. "
+                "Nothing was changed"
+            )
+    whole = [f"{path}." for path in saved]
+    matched = [path for path in matched if not any(f"{path}.".startswith(p) for p in whole)]
+    matched = _filtered(matched, exclude, allow_unmatched)
+    matched = _in_layers(matched, layers, layers_pattern)
     if not matched:
         raise TargetModuleError(
-            f"target_modules={targets!r} matches no linear module of {model_name} "
+            f"target_modules={_short(targets)} matches no linear module of {model_name} "
             f"({len(linears)} linear modules, for example {next(iter(linears), 'none')!r}). "
             "Nothing was changed"
         )
     return matched
 
 
+def _refuse_other_kinds(model: nn.Module, name: str) -> None:
+    """Say so if a target exists but is no linear layer that can carry an adapter."""
+    for path, module in model.named_modules():
+        if path and named([name], path):
+            raise UnsupportedError(
+                f"target_modules: {name!r} names {path!r}, a {type(module).__name__}; only linear layers "
+                "(dense or 4-bit) can carry an adapter. Nothing was changed"
+            )
+
+
 def _filtered(
-    matched: list[str],
-    exclude: str | Iterable[str] | None,
+    matched: list[str], exclude: str | Iterable[str] | None, allow_unmatched: bool
+) -> list[str]:
+    if not exclude:
+        return matched
+    if isinstance(exclude, str):
+        matcher = Matcher()
+        hit = {path for path in matched if matcher.full(exclude, path)}
+        missed = [] if hit else [exclude]
+    else:
+        names = list(exclude)
+        hit = {path for path in matched if named(names, path)}
+        missed = [name for name in names if not any(named([name], path) for path in matched)]
+    if missed and not allow_unmatched:
+        raise TargetModuleError(
+            f"exclude_modules: {_short(missed[0])} excludes no target. Nothing was changed"
+        )
+    return [path for path in matched if path not in hit]
+
+
+def _in_layers(
+    kept: list[str],
     layers: int | Iterable[int] | None,
     layers_pattern: str | Iterable[str] | None,
 ) -> list[str]:
-    if isinstance(exclude, str):
-        hit = [path for path in matched if full_match(exclude, path)]
-    else:
-        names = list(exclude or ())
-        hit = [path for path in matched if _named(names, path)]
-        missed = [name for name in names if not any(_named([name], path) for path in matched)]
-        if missed:
-            raise TargetModuleError(
-                f"exclude_modules: {missed} excludes no target. Nothing was changed"
-            )
-    if exclude and not hit:
-        raise TargetModuleError(
-            f"exclude_modules={exclude!r} excludes no target. Nothing was changed"
-        )
-    kept = [path for path in matched if path not in set(hit)]
     if layers is None:
         return kept
     wanted = {layers} if isinstance(layers, int) else set(layers)
@@ -160,11 +228,15 @@ def layer_index(path: str, patterns: Iterable[str] = ()) -> int | None:
     return None
 
 
-def match_saved(model: nn.Module, names: Iterable[str] | None, targets: Iterable[str]) -> list[str]:
-    """Paths of the modules that `modules_to_save` names.
+def match_saved(
+    model: nn.Module, names: Iterable[str] | None, *, allow_unmatched: bool = False
+) -> list[str]:
+    """Paths of the modules that `modules_to_save` names, by PEFT's rule that a name may be any end of a
+    path ("norm" also means "input_layernorm"); of nested ones the outermost.
 
     Raises:
-        TargetModuleError: a name matches no module, or one that also gets an adapter.
+        TargetModuleError: a name matches no module.
+        UnsupportedError: it matches a module that carries adapters, or one with quantised weights.
     """
     names = list(names or ())
     inside: list[str] = []
@@ -174,45 +246,66 @@ def match_saved(model: nn.Module, names: Iterable[str] | None, targets: Iterable
             paths.append(path)
             if isinstance(module, (AdapterLayer, SavedModule)):
                 inside.append(path + ".")
-    matched = [path for path in paths if _named(names, path)]
-    missed = [name for name in names if not any(_named([name], path) for path in paths)]
-    if missed:
+    matched: list[str] = []
+    for path in paths:
+        inner = any(path.startswith(f"{outer}.") for outer in matched)
+        if path.endswith(tuple(names)) and not inner:
+            matched.append(path)
+    missed = [name for name in names if not any(path.endswith(name) for path in paths)]
+    if missed and not allow_unmatched:
         known = dict.fromkeys(paths, model)
         raise TargetModuleError(
             _missed_text("modules_to_save", missed, names, known, type(model).__name__)
         )
-    both = sorted(set(matched) & set(targets))
-    if both:
-        raise TargetModuleError(
-            f"modules_to_save and target_modules both name {both[0]!r}; keep it in one of them. "
-            "Nothing was changed"
-        )
+    for path in matched:
+        module = model.get_submodule(path)
+        original = module.original_module if isinstance(module, SavedModule) else module
+        if any(isinstance(inner, AdapterLayer) for inner in original.modules()):
+            raise UnsupportedError(
+                f"modules_to_save: {path!r} carries adapters already; a module cannot be trained whole "
+                "beside them. Nothing was changed"
+            )
+        if any(not p.is_floating_point() for p in original.parameters()):
+            raise UnsupportedError(
+                f"modules_to_save: {path!r} holds quantised weights, which cannot be trained. "
+                "Nothing was changed"
+            )
     return matched
 
 
-def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """Value for a module path from `rank_pattern` or `alpha_pattern`: the first key that ends the path."""
+def pattern_values(
+    field: str,
+    patterns: Mapping[str, float],
+    paths: Iterable[str],
+    default: float,
+    *,
+    allow_unmatched: bool = False,
+) -> dict[str, float]:
+    """Value for every path from `rank_pattern` or `alpha_pattern`: the first key that ends the path.
+
+    Raises:
+        TargetModuleError: a key matches none of the paths.
+    """
+    paths, matcher = list(paths), Matcher()
+    values = dict.fromkeys(paths, default)
+    free = set(paths)
     for key, value in patterns.items():
-        if full_match(rf"(.*\.)?({key})", path):
-            return value
-    return default
-
-
-def check_patterns(field: str, patterns: Mapping[str, float], paths: Iterable[str]) -> None:
-    """Raise TargetModuleError if a key of a pattern dict matches none of the target paths."""
-    paths = list(paths)
-    for key in patterns:
-        if not any(full_match(rf"(.*\.)?({key})", path) for path in paths):
+        hit = [path for path in paths if matcher.ending(key, path)]
+        for path in free.intersection(hit):
+            values[path] = value
+        free.difference_update(hit)
+        if not hit and not allow_unmatched:
             raise TargetModuleError(
                 f"{field}: {key!r} matches none of the {len(paths)} target modules. Nothing was changed"
             )
+    return values
 
 
 def _missed_text(
     field: str, missed: list[str], names: list[str], paths: Mapping[str, object], model: str
 ) -> str:
     lasts = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
-    counts = {name: sum(_named([name], path) for path in paths) for name in names}
+    counts = {name: sum(named([name], path) for path in paths) for name in names}
     text = f"{field}: {missed[0]!r} matches no module of {model}"
     hits = ", ".join(f"{name!r} matched {count}" for name, count in counts.items() if count)
     text += f" ({len(missed)} of {len(names)} names" + (f"; {hits})" if hits else ")")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfast.errors import AdapterStateError
+from pyfast.errors import AdapterStateError, NonFiniteError
 from pyfast.nn.weight import DenseWeight, Weight, weight_of
 
 
@@ -33,14 +33,18 @@ class AdapterLayer(nn.Module):
         self.active: list[str] = []
         self.enabled = True
         self.merged: list[str] = []
-        self._unmerged: Any = None
+        # In a list: a module or parameter held as an attribute would be registered and saved.
+        self._replaced: list[nn.Module | nn.Parameter] = []
 
     @property
     def base_weight(self) -> Weight:
         """The frozen weight."""
         weight = weight_of(self.base_layer)
         if weight is None:
-            raise AdapterStateError(f"{type(self.base_layer).__name__} is no longer a linear layer")
+            raise AdapterStateError(
+                f"{type(self.base_layer).__name__} is not a linear layer that can be read; hooks may have "
+                "replaced its forward: remove them first"
+            )
         return weight
 
     @property
@@ -99,30 +103,53 @@ class AdapterLayer(nn.Module):
     def merge(self, names: list[str], dtype: torch.dtype | None) -> None:
         """Add the adapters' deltas to the base weight; `unmerge` restores it bit for bit.
 
-        An NF4 base becomes a dense layer of `dtype` (default: the dtype it was quantised from).
+        An NF4 base becomes a dense layer of `dtype` (default: the dtype it was quantised from). A tied
+        weight is not changed for the module that shares it.
+
+        Raises:
+            NonFiniteError: the merged weight overflows its dtype; the layer is unchanged.
         """
         weight = self.base_weight
         dense = weight.dense().float()
         for name in names:
             dense = dense + self.delta(name)
+        dense = dense.to((None if isinstance(weight, DenseWeight) else dtype) or weight.dtype)
+        bad = int((~torch.isfinite(dense)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"merging {names} would leave {bad} non-finite values in a {dense.dtype} weight "
+                f"{list(dense.shape)}. The model is unchanged"
+            )
         if isinstance(weight, DenseWeight):
             target: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
             stored = dense if weight.tensor is target else dense.t()
-            self._unmerged = target.data
-            target.data = stored.to(target.dtype).contiguous()
+            self._replaced = [target]
+            self.base_layer.weight = nn.Parameter(stored.contiguous(), target.requires_grad)
         else:
-            self._unmerged = self.base_layer
-            self.base_layer = dense_linear(weight, dense.to(dtype or weight.dtype))
+            self._replaced = [self.base_layer]
+            self.base_layer = dense_linear(weight, dense)
         self.merged = list(names)
 
     def unmerge(self) -> None:
-        """Put the weight back that `merge` replaced."""
-        if isinstance(self._unmerged, nn.Module):
-            self.base_layer = self._unmerged
+        """Put the weight back that `merge` replaced, where the model lies now."""
+        old = self._replaced.pop()
+        now: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
+        if isinstance(old, nn.Module):
+            self.base_layer = old.to(now.device)
         else:
-            self.base_layer.weight.data = self._unmerged
-        self._unmerged = None
+            old.data = old.data.to(now.device, now.dtype)
+            self.base_layer.weight = old
         self.merged = []
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether forward or backward hooks are registered on this module itself."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def dense_linear(weight: Weight, matrix: Tensor) -> nn.Linear:
@@ -184,4 +211,6 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if "active" not in self.__dict__:  # a blank that pickle or copy is about to fill
+                raise
             return getattr(self.current(), name)

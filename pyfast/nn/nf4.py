@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyfast import ops
 from pyfast.errors import QuantStateError
 from pyfast.nn.weight import NF4Weight, Weight, register_format
-from pyfast.ops._check import NEST_BLOCK, check_quantized
+from pyfast.ops._check import BLOCKSIZES, NEST_BLOCK, check_quantized
 from pyfast.ops._nf4_format import NEST_MAP, NF4_CODE
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -130,8 +130,8 @@ class NF4Linear(nn.Module):
             if key.startswith(start)
         }
         packed = state_dict.get(f"{prefix}weight")
-        if parts and packed is not None:
-            weight = unpack_state(packed, parts, module=prefix.rstrip("."))
+        if packed is not None:
+            weight = unpack_state(packed, parts, module=prefix.rstrip(".") or "NF4Linear")
             if weight.shape != (self.out_features, self.in_features):
                 raise QuantStateError(
                     f"{prefix}weight: the quantised weight has shape {list(weight.shape)}, this layer "
@@ -169,7 +169,7 @@ def pack_state(weight: NF4Weight) -> dict[str, Tensor]:
 def _require(ok: bool, module: str, what: str) -> None:
     if not ok:
         raise QuantStateError(
-            f"{module}: {what}; the file is damaged or not an NF4 checkpoint. Nothing was loaded"
+            f"{module}: {what}; the file is damaged or not an NF4 checkpoint. The layer is unchanged"
         )
 
 
@@ -190,6 +190,7 @@ def unpack_state(
     known = {"absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY}
     unknown = sorted(set(parts) - known)
     _require(not unknown, module, f"unknown quantisation keys {unknown}")
+    _require(packed.ndim > 0, module, "the packed weight is a scalar")
     missing = sorted({"absmax", "quant_map", STATE_KEY} - set(parts))
     _require(not missing, module, f"quantisation keys {missing} are missing")
     facts = _read_facts(parts[STATE_KEY], module)
@@ -205,6 +206,8 @@ def unpack_state(
         same = torch.equal(parts["nested_quant_map"].cpu().float(), NEST_MAP)
         _require(same, module, "nested_quant_map is not the signed dynamic map")
         nested_absmax = parts["nested_absmax"]
+        codes = absmax.dtype == torch.uint8
+        _require(codes, module, f"nested scales are coded in {absmax.dtype}, not uint8")
         offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=absmax.device)
     scales = absmax if nested_absmax is None else nested_absmax
     _require(scales.dtype == torch.float32, module, f"scales are {scales.dtype}, not float32")
@@ -235,7 +238,7 @@ def _read_facts(blob: Tensor, module: str) -> dict[str, Any]:
         facts = json.loads(bytes(blob.cpu().reshape(-1).tolist()))
     except (ValueError, RecursionError) as error:
         raise QuantStateError(
-            f"{module}: quant_state is not JSON ({error}). Nothing was loaded"
+            f"{module}: quant_state is not JSON ({error}). The layer is unchanged"
         ) from None
     _require(isinstance(facts, dict), module, "quant_state is not a JSON object")
     _require(
@@ -244,14 +247,18 @@ def _read_facts(blob: Tensor, module: str) -> dict[str, Any]:
         f"quant_type is {facts.get('quant_type')!r}, not 'nf4'",
     )
     _require(
-        facts.get("dtype") in _DTYPES, module, f"dtype {facts.get('dtype')!r} is not a float type"
+        isinstance(facts.get("dtype"), str) and facts["dtype"] in _DTYPES,
+        module,
+        f"dtype {facts.get('dtype')!r} is not a float type",
     )
     shape = facts.get("shape")
     ok = (
         isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
     )
     _require(ok, module, f"shape {shape!r} is not [out_features, in_features]")
-    _require(type(facts.get("blocksize")) is int, module, "blocksize is not an integer")
+    blocksize = facts.get("blocksize")
+    ok = type(blocksize) is int and blocksize in BLOCKSIZES
+    _require(ok, module, f"blocksize {blocksize!r} is not one of {BLOCKSIZES}")
     if "nested_blocksize" in facts:
         nested = facts["nested_blocksize"]
         _require(nested == NEST_BLOCK, module, f"nested_blocksize is {nested!r}, not {NEST_BLOCK}")

@@ -175,12 +175,14 @@ def register_format(qualified_name: str, view: Format) -> None:
 def weight_of(module: nn.Module) -> Weight | None:
     """The weight of a linear module, or None for a module that no format knows.
 
-    A subclass is served like its base only if it keeps the base's forward.
+    A subclass is served like its base only if it keeps the base's forward, and an instance only if nothing
+    replaced its own (as hooks that move weights between devices do).
     """
     for cls in type(module).__mro__:
         view = _formats.get(f"{cls.__module__}.{cls.__qualname__}")
         if view is not None:
             kept = type(module).forward is getattr(cls, "forward", None)
+            kept = kept and "forward" not in module.__dict__
             return view(module) if kept else None
     return None
 

@@ -27,6 +27,13 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, expected: Sequence[int
         raise ValueError(f"{op}: {name} must have shape {list(expected)}, got {list(tensor.shape)}")
 
 
+def features(op: str, name: str, tensor: torch.Tensor) -> int:
+    """Size of the last axis; raise ValueError for a tensor without axes."""
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dimension, got a scalar")
+    return tensor.shape[-1]
+
+
 def check_same_device(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raise ValueError unless all tensors lie on the first one's device."""
     for name, other in others.items():

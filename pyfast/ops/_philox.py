@@ -30,6 +30,14 @@ def keep_scale(p: float) -> float:
     return LEVELS / kept if kept else 0.0
 
 
+def new_seed(device: torch.device) -> Tensor:
+    """int64 [2], a seed and an offset from the device's default generator.
+
+    It stays on the device, so `torch.manual_seed`, checkpointing's replay and CUDA graphs all reach it.
+    """
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (2,), dtype=torch.int64, device=device)
+
+
 def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
     product = value * constant  # wraps modulo 2^64: both words are still right
     return (product >> 32) & _LOW, product & _LOW

@@ -27,7 +27,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _scale_fake(x: Tensor, scale: Tensor) -> Tensor:
     _check.check_dtype("adapter_scale", "x", x, _COMPUTE)
     _check.check_dtype("adapter_scale", "scale", scale, _COMPUTE)
-    _check.check_shape("adapter_scale", "scale", scale, (x.shape[-1],))
+    _check.check_shape("adapter_scale", "scale", scale, (_check.features("adapter_scale", "x", x),))
     _check.check_same_device("adapter_scale", x, scale=scale)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -150,7 +150,7 @@ def _bottleneck_fake(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "adapter_bottleneck"
     _check.check_dtype(op, "x", x, _COMPUTE)
-    k, r = x.shape[-1], down.shape[0]
+    k, r = _check.features(op, "x", x), down.shape[0]
     sizes = {
         "down": (down, (r, k)),
         "up": (up, (k, r)),

@@ -31,7 +31,7 @@ def _check_lora(
 ) -> None:  # fmt: skip
     _check.check_dtype(op, "x", x, _COMPUTE)
     _check.check_same_device(op, x, weight=weight, bias=bias, lora_A=a, lora_B=b, absmax=absmax)
-    n, k = b.shape[0], x.shape[-1]
+    n, k = b.shape[0], _check.features(op, "x", x)
     _check.check_shape(op, "lora_A", a, (a.shape[0], k))
     _check.check_shape(op, "lora_B", b, (n, a.shape[0]))
     if absmax is None:
@@ -237,9 +237,7 @@ def lora_linear(
     dtype = x.dtype
     if bias is not None:
         bias = bias.to(dtype)
-    seed = None
-    if dropout > 0.0:
-        seed = torch.empty(2, dtype=torch.int64, device=x.device).random_()
+    seed = _philox.new_seed(x.device) if dropout > 0.0 else None
     y: Tensor = _lora(
         x, weight, bias, a.to(dtype), b.to(dtype), scale, dropout, seed, absmax, nested_absmax,
         nested_offset, blocksize,

@@ -214,6 +214,8 @@ def _dequantize_fake(
 ) -> Tensor:
     if dtype not in (*FLOATS, torch.float64):
         raise TypeError(f"nf4_dequantize: dtype must be a floating-point type, got {dtype}")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"nf4_dequantize: shape must not be negative, got {list(shape)}")
     numel = math.prod(shape)
     _check.check_quantized(
         "nf4_dequantize", packed, absmax, numel, blocksize, nested_absmax, offset
@@ -257,6 +259,10 @@ def dequantize_into(
     first_block: int = 0,
 ) -> None:
     """Write out.numel() weights, from block `first_block` on, into a contiguous buffer (no checks)."""
+    if (
+        out.numel() == 0
+    ):  # empty parts have null pointers, by which the kernel tells flat from nested
+        return
     name = _extension.C.nf4_dequantize(
         packed=packed.data_ptr(),
         absmax=absmax.data_ptr(),

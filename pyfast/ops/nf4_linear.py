@@ -9,6 +9,7 @@ Letters: M tokens, N out features, K in features, B quantisation blocks.
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def _linear_fake(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    k = x.shape[-1]
+    k = _check.features("nf4_linear", "x", x)
     _linear_check("nf4_linear", x, packed, absmax, bias, out_features, k, blocksize,
                   nested_absmax, offset)  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))
@@ -72,9 +73,10 @@ def _linear_kernel(
     k = x.shape[-1]
     x_mk, out_mn = x.reshape(-1, k), out.view(-1, out_features)
     if x.device.type == "cuda":
-        w = scratch(out_features * k, x).view(out_features, k)
-        dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
-        return torch.nn.functional.linear(x, w, bias)
+        with _scratch_lock:
+            w = scratch(out_features * k, x).view(out_features, k)
+            dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
+            return torch.nn.functional.linear(x, w, bias)
     slabs = _slabs(out_features, k, blocksize)
     buffer = x.new_empty((slabs[0][1] * k if slabs else 0,))
     for start, stop in slabs:
@@ -91,7 +93,7 @@ def _linear_backward_fake(
     grad_y: Tensor, packed: Tensor, absmax: Tensor, in_features: int,
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    n = grad_y.shape[-1]
+    n = _check.features("nf4_linear_backward", "grad_y", grad_y)
     _linear_check("nf4_linear_backward", grad_y, packed, absmax, None, n, in_features, blocksize,
                   nested_absmax, offset)  # fmt: skip
     return grad_y.new_empty((*grad_y.shape[:-1], in_features))
@@ -120,13 +122,16 @@ def _linear_backward_kernel(
     # The contraction runs over the rows of W, so slabs would be summed in the output's dtype and round
     # once a slab; the whole matrix goes into a reused buffer instead.
     n = grad_y.shape[-1]
-    w = scratch(n * in_features, grad_y).view(n, in_features)
-    dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
     _library.record("nf4_linear_backward", "nf4_linear_scratch")
-    return grad_y @ w
+    with _scratch_lock:
+        w = scratch(n * in_features, grad_y).view(n, in_features)
+        dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
+        return grad_y @ w
 
 
 _scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+_scratch_lock = threading.Lock()
+"""Held from `scratch` to the product's launch: threads share the buffer, and both steps drop the GIL."""
 
 
 def scratch(numel: int, like: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are complete or absent: safetensors and JSON, hashed, synced, renamed into place.
 
-    checkpoints/
-        latest                       name of the newest checkpoint
-        step-000100/
-            manifest.json            size and SHA-256 of every other file
-            trainer.json             step, settings, Python and numpy RNG
-            training.safetensors     optimiser state, torch RNG, trained parameters of an adapter run
-            adapter/ or model/       what load_adapter or from_pretrained reads
+checkpoints/
+    latest                       name of the newest checkpoint
+    step-000100/
+        manifest.json            size and SHA-256 of every other file
+        trainer.json             step, settings, Python and numpy RNG
+        training.safetensors     optimiser state, torch RNG, trained parameters of an adapter run
+        adapter/ or model/       what load_adapter or from_pretrained reads
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Progress:
 
 
 def training_tensors(
-    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, with_parameters: bool
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    with_parameters: bool,
 ) -> Tensors:
     """Optimiser state, torch RNG and, if asked, the trained parameters, as CPU tensors."""
     tensors: Tensors = {"rng.cpu": torch.get_rng_state()}
@@ -72,14 +74,16 @@ def training_tensors(
 
 def trainer_values(progress: Progress, settings: dict[str, Any]) -> dict[str, Any]:
     """What is not a tensor: progress, settings that a resumed run must share, Python and numpy RNG."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # the process-wide generator
+    kind, keys, position, has_gauss, cached = np.random.get_state(
+        legacy=True
+    )  # the process-wide generator
     version, internal, gauss = random.getstate()
     return {
         "format": _FORMAT,
         "progress": asdict(progress),
         "settings": settings,
         "python_rng": [version, list(internal), gauss],
-        "numpy_rng": [kind, keys.tolist(), position, has_gauss, cached],
+        "numpy_rng": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
 
 
@@ -144,11 +148,14 @@ def _write_error(directory: Path, name: str, error: Exception, needed: int) -> C
     parent = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     text = f"cannot write checkpoint '{directory / name}': {error}. "
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower():
+    if (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "os error 28" in str(error).lower()
+    ):
         text += f"It needs more than {needed / 1e6:,.1f} MB; {free / 1e6:,.1f} MB are free. "
     latest = read_latest(directory)
     text += f"The checkpoint {latest} is intact. " if latest else "There is no earlier checkpoint. "
-    fix = f"free space or allow writing there, then resume with --output_dir {directory.parent} --resume true."
+    fix = f"free space or allow writing there, then --output_dir {directory.parent} --resume true."
     return CheckpointWriteError(f"{text}Fix: {fix}")
 
 
@@ -234,7 +241,9 @@ def load(directory: Path) -> Checkpoint:
     if name is None:
         found = _names(directory)
         if not found:
-            raise ResumeError(f"'{directory}' holds no checkpoint to resume from. Fix: resume=false.")
+            raise ResumeError(
+                f"'{directory}' holds no checkpoint to resume from. Fix: resume=false."
+            )
         raise CheckpointCorruptError(
             f"'{directory / _LATEST}' does not name a checkpoint. Found: {', '.join(found)}. "
             f"Fix: write '{found[-1]}' into that file."
@@ -253,14 +262,21 @@ def load(directory: Path) -> Checkpoint:
 def _verify(path: Path, directory: Path) -> None:
     """Compare every file with the manifest."""
     try:
-        entries: dict[str, dict[str, Any]] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+        entries: dict[str, dict[str, Any]] = json.loads(
+            (path / _MANIFEST).read_text(encoding="utf-8")
+        )["files"]
+        expected = {
+            str(name): (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in entries.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(path / _MANIFEST, f"unreadable ({error})", directory) from error
     present = {file.relative_to(path).as_posix() for file in _files(path)} - {_MANIFEST}
     for name in (_TRAINER, _TRAINING):
         if name not in expected:
-            raise ResumeError(f"checkpoint '{path}' lacks {name}, so an exact resume is not possible.")
+            raise ResumeError(
+                f"checkpoint '{path}' lacks {name}, so an exact resume is not possible."
+            )
     for name in sorted(present | set(expected)):
         if name not in present:
             raise _corrupt(path / name, "the file is missing", directory)
@@ -317,17 +333,23 @@ def restore(
     """
     tensors = checkpoint.tensors
     cuda = [f"rng.cuda.{index}" for index in range(torch.cuda.device_count())]
-    needed: list[tuple[str, torch.Size | None]] = [("rng.cpu", None), *((name, None) for name in cuda)]
+    needed: list[tuple[str, torch.Size | None]] = [
+        ("rng.cpu", None),
+        *((name, None) for name in cuda),
+    ]
     keys = ("step", "exp_avg", "exp_avg_sq") if checkpoint.progress.step else ()
     for name, parameter in parameters.items():
         if with_parameters:
             needed.append((f"parameter.{name}", parameter.shape))
-        needed += [(f"optimizer.{key}.{name}", None if key == "step" else parameter.shape) for key in keys]
+        needed += [
+            (f"optimizer.{key}.{name}", None if key == "step" else parameter.shape) for key in keys
+        ]
     lacking = [name for name, _ in needed if name not in tensors]
     if lacking:
         raise ResumeError(
-            f"checkpoint '{checkpoint.path}' lacks {len(lacking)} of {len(needed)} parts (first: {lacking[0]}), "
-            "so an exact resume is not possible. Fix: the same method, targets and devices as in the saved run."
+            f"checkpoint '{checkpoint.path}' lacks {len(lacking)} of {len(needed)} parts "
+            f"(first: {lacking[0]}), so an exact resume is not possible. "
+            "Fix: the same method, targets and devices as in the saved run."
         )
     for name, shape in needed:
         if shape is not None and tensors[name].shape != shape:
@@ -342,7 +364,9 @@ def restore(
             for key in keys:
                 value = tensors[f"optimizer.{key}.{name}"]
                 # AdamW counts its steps on the CPU.
-                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+                optimizer.state[parameter][key] = (
+                    value if key == "step" else value.to(parameter.device)
+                )
     version, internal, gauss = checkpoint.values["python_rng"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys_, *rest = checkpoint.values["numpy_rng"]

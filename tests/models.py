@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models and the comparisons that the tests share."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import torch
+import transformers
+from torch import nn
+
+VOCAB = 96
+
+
+def llama(*, tied=False, layers=2, seed=0, bias=False, **kwargs):
+    """A Llama of about 60k parameters with grouped-query attention."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **kwargs,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2(*, layers=2, seed=0):
+    """A GPT-2 of about 110k parameters, without dropout."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=layers,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def token_ids(rows=2, columns=12, seed=0):
+    """Random ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (rows, columns), generator=generator)
+
+
+def logits(model, ids=None):
+    """The model's logits, without gradients."""
+    with torch.no_grad():
+        return model(input_ids=token_ids() if ids is None else ids).logits
+
+
+def randomise(model, *, std=0.05, seed=1):
+    """Give every adapter parameter random values, as training would; same for ours and PEFT's names."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: plain(item[0])):
+        if "lora_" in name or "modules_to_save" in name:
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.data.copy_(noise.to(parameter.dtype))
+    return model
+
+
+def plain(name):
+    """A parameter's name without PEFT's wrapper."""
+    return name.removeprefix("base_model.model.")
+
+
+def fingerprint(model):
+    """Everything that a failed call must not change: tensors, gradients wanted, classes, states."""
+    total = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        total.update(bytes(data.tolist()))
+    for name, module in model.named_modules():
+        state = {k: v for k, v in vars(module).items() if k in ("active", "enabled", "merged")}
+        total.update(f"{name} {type(module)} {module.training} {state}".encode())
+    total.update(repr(vars(model).get("_pyfast_configs")).encode())
+    return total.hexdigest()
+
+
+def twin(model):
+    """A deep copy."""
+    return copy.deepcopy(model)
+
+
+def train(model, *, steps=3, lr=1e-2, eps=1e-8, ids=None, grads=None):
+    """A user's own loop: AdamW on what requires gradients; the losses.
+
+    With AdamW's default eps, rounding in gradients near zero turns into whole steps; a larger one makes
+    trained weights comparable.
+    """
+    ids = token_ids() if ids is None else ids
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, eps=eps)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if grads is not None:
+            named = model.named_parameters()
+            grads.append({plain(n): p.grad.clone() for n, p in named if p.grad is not None})
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def adapted_paths(model, kind):
+    """Paths of the modules of a class, without PEFT's wrapper."""
+    return {plain(path) for path, module in model.named_modules() if isinstance(module, kind)}
+
+
+class FalconLikeLinear(nn.Linear):
+    """A linear with a forward of its own, as Falcon's."""
+
+    def forward(self, x):
+        return x @ self.weight.T

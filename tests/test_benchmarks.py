@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runner, end to end on the CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cases, compare, machine, providers, run, timing
+
+KEYS = {
+    "schema", "case", "provider", "mode", "shape", "dtype", "ms_p50", "ms_p20", "ms_p80", "tflops",
+    "gbps", "peak_mib", "max_err", "kernel", "device", "driver", "cuda", "torch", "pyfast", "trees",
+}  # fmt: skip
+
+
+def rows_of(tmp_path: Path, *arguments: str) -> list[dict]:
+    out = tmp_path / "out.json"
+    assert run.main(["--device", "cpu", "--seconds", "0", "--json", str(out), *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(timing, "BURST_SECONDS", 0.0)
+
+
+def test_a_run_gives_rows_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(
+        tmp_path, "--case", "tiny/nf4_linear/nested/*", "--provider", "frozen,peft,pyfast"
+    )
+    measured = [row for row in rows if "absent" not in row]
+    assert [(row["provider"], row["mode"]) for row in measured] == [
+        ("frozen", "fwd"), ("pyfast", "fwd"), ("frozen", "fwdbwd"), ("pyfast", "fwdbwd"),
+    ]  # fmt: skip
+    for row in measured:
+        assert row.keys() >= KEYS
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert row["max_err"] < 0.02
+        assert row["graph_ms_p50"] is None
+        assert row["rounds"] == 2
+    assert "nf4_dequantize" in measured[1]["kernel"] or measured[1]["kernel"] == "reference"
+    assert measured[0]["kernel"] is None
+    text = capsys.readouterr().out
+    assert "tiny/nf4_linear/nested/64x128/m4  fwdbwd  bf16  m=4 n=64 k=128" in text
+    assert "absent: peft (PEFT has no such layer by itself)" in text
+
+
+@pytest.mark.parametrize("pattern", ["tiny/nf4_quantize/*", "tiny/nf4_dequantize/*"])
+def test_pyfast_equals_bitsandbytes(tmp_path: Path, pattern: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    rows = rows_of(tmp_path, "--case", pattern, "--provider", "pyfast")
+    assert [(row["oracle"], row["max_err"]) for row in rows] == [("bitsandbytes", 0.0)] * 2
+
+
+def test_every_provider_agrees_on_lora(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "--case", "tiny/lora_linear/*", "--mode", "fwdbwd", "--dtype", "fp32")
+    errors = {(row["case"], row["provider"]): row.get("max_err") for row in rows}
+    for kind in ("dense", "nf4"):
+        for provider in ("torch", "peft", "pyfast"):
+            assert errors[f"tiny/lora_linear/{kind}/64x128/r8/m4", provider] < 1e-5
+
+
+def test_a_wrong_result_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def zeros(case: cases.Case, mode: str, copies: list[cases.Operands]) -> providers.Prepared:
+        return providers.Prepared(lambda i: [torch.zeros_like(copies[i].w)], list)
+
+    monkeypatch.setitem(providers.PROVIDERS, "pyfast", zeros)
+    options = ["--device", "cpu", "--seconds", "0", "--case", "tiny/nf4_dequantize/flat/*"]
+    assert run.main(options) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_no_match_and_unknown_provider(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--device", "cpu", "--case", "nothing/*"]) == 1
+    assert "no case of device cpu matches 'nothing/*'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run.main(["--provider", "nobody"])
+    assert "'nobody' is not one of frozen" in capsys.readouterr().err
+
+
+def test_tiny_cases_are_only_run_by_name() -> None:
+    assert not any(case.name.startswith("tiny/") for case in cases.select("cpu", "*"))
+    assert all(case.name.startswith("tiny/") for case in cases.select("cpu", "tiny/*"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_case_names_are_unique(device: str) -> None:
+    names = [case.name for case in cases.all_cases(device)]
+    assert len(set(names)) == len(names)
+
+
+def test_missing_package_is_absent_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    case = cases.select("cpu", "tiny/nf4_quantize/flat/*")[0]
+    with pytest.raises(providers.Absent, match="bitsandbytes is not installed"):
+        providers.PROVIDERS["bitsandbytes"](case, "fwd", [])
+
+
+@pytest.mark.parametrize(
+    ("values", "q", "want"),
+    [([], 0.5, None), ([3.0], 0.2, 3.0), ([1.0, 2.0, 4.0], 0.5, 2.0), ([1.0, 2.0], 0.25, 1.25)],
+)
+def test_quantile(values: list[float], q: float, want: float | None) -> None:
+    assert timing.quantile(values, q) == want
+
+
+def test_relative_error_is_of_the_largest_value_and_never_hides_nan() -> None:
+    want = [torch.tensor([0.0, 4.0])]
+    assert cases.relative_error([torch.tensor([0.0, 3.0])], want) == 0.25
+    assert cases.relative_error([torch.tensor([0.0, math.nan])], want) == math.inf
+    assert cases.relative_error([torch.tensor([0.0])], want) == math.inf
+
+
+def test_counts_of_a_known_case() -> None:
+    case = cases.Case("x", "lora_linear", (), {"m": 2, "n": 3, "k": 5, "r": 1}, ("fwd",))
+    assert case.flops("fwd") == 2 * 2 * 3 * 5 + 2 * 2 * 1 * (3 + 5)
+    weights = cases.Case("x", "nf4_dequantize", (), {"n": 64, "k": 64}, nf4=True)
+    assert weights.bytes("fwd", 2) == 64 * 64 // 2 + 64 * 4 + 64 * 64 * 2
+
+
+def test_compare_flags_what_got_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def file(name: str, milliseconds: float, device: str = "a") -> str:
+        row = {"case": "c", "mode": "fwd", "dtype": "bf16", "provider": "pyfast", "device": device}
+        run.write_rows(tmp_path / name, [{**row, "burst_ms_p50": milliseconds}])
+        return str(tmp_path / name)
+
+    old, same, slow = file("old", 1.0), file("same", 1.01), file("slow", 1.2, "b")
+    assert compare.main([old, same]) == 0
+    assert compare.main([old, slow]) == 1
+    assert compare.main([old, slow, "--threshold", "1.3"]) == 0
+    text = capsys.readouterr().out
+    assert "1.200  slower" in text
+    assert "different devices: a, b" in text
+    assert compare.main([old, slow, "--provider", "torch"]) == 1
+
+
+def test_tree_hash_is_gits(tmp_path: Path) -> None:
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("git is not installed")
+    source = tmp_path / "source"
+    for name, text in {"b.py": "b\n", "a/c.h": "c\n", "a.txt": "", "a0": "x"}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    commands = (["init", "--quiet"], ["add", "--all"], ["write-tree"])
+    for command in commands:
+        done = subprocess.run(
+            [git, *command], cwd=source, capture_output=True, text=True, check=True
+        )
+    shutil.rmtree(source / ".git")
+    (source / "__pycache__").mkdir()
+    (source / "__pycache__" / "b.pyc").write_bytes(b"compiled")
+    (source / "_C.so").write_bytes(b"compiled")
+    assert machine.tree_hash(source) == done.stdout.strip()
+
+
+def test_trees_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(len(value) == 40 for value in machine.trees().values())
+    monkeypatch.setenv(machine.TREES_VARIABLE, "csrc=1,pyfast=2")
+    assert machine.trees() == {"csrc": "1", "pyfast": "2"}

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from pyfast.errors import ConfigError, DataError
+from pyfast.train.config import DatasetOptions
+from pyfast.train.records import Record, normalized, read_records, split_records, without_leakage
+
+
+def write(path: Path, *lines: str | bytes) -> str:
+    path.write_bytes(b"".join((x.encode() if isinstance(x, str) else x) + b"\n" for x in lines))
+    return str(path)
+
+
+def test_three_forms_are_told_apart_per_file(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    messages = {"messages": [*turns, {"role": "assistant", "content": "a"}]}
+    files = [
+        write(tmp_path / "nemo.jsonl", '{"input": "a", "output": "b"}'),
+        write(tmp_path / "pair.jsonl", "", '{"prompt": "c", "completion": "d", "extra": 1}'),
+        write(tmp_path / "chat.jsonl", json.dumps(messages)),
+    ]
+    records = read_records(files, DatasetOptions()).records
+    assert [record.turns for record in records] == [
+        (("user", "a"), ("assistant", "b")),
+        (("user", "c"), ("assistant", "d")),
+        (("system", "s"), ("user", "q"), ("assistant", "a")),
+    ]
+    assert [record.line for record in records] == [1, 2, 1]
+    assert records[2].prompt == "s\nq"
+
+
+def test_bytes_survive_unchanged(tmp_path: Path) -> None:
+    """Line separators other than newline, a byte-order mark and carriage returns are no line ends."""
+    text = "a\u2028b\u0085c\x0b d \U0001f600"
+    row = json.dumps({"prompt": text, "completion": "x"}, ensure_ascii=False)
+    file = write(
+        tmp_path / "a.jsonl", b"\xef\xbb\xbf" + row.encode() + b"\r", row.replace("x", "y")
+    )
+    records = read_records([file], DatasetOptions()).records
+    assert [record.prompt for record in records] == [text, text]
+    assert [record.line for record in records] == [1, 2]
+
+
+def test_compressed_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n'))
+    assert read_records([str(file)], DatasetOptions()).records[0].prompt == "p"
+
+
+GOOD = '{"prompt": "p", "completion": "c"}'
+BAD = [
+    ('{"prompt": "p", "completion": "c', 31, "invalid JSON (Unterminated string"),
+    ('{"prompt": "p" "completion": "c"}', 16, "invalid JSON (Expecting ',' delimiter"),
+    ('{"prompt": "p", "completion": 3}', 17, "field 'completion' must be text, this is a number"),
+    ('{"prompt": null, "completion": "c"}', 2, "field 'prompt' must be text, this is null"),
+    ('{"prompt": "p"}', 1, "field 'completion' is missing"),
+    ("[1, 2]", 1, "must be a JSON object, this is a list"),
+    ('"text"', 1, "must be a JSON object, this is text"),
+    ('{"prompt": "\\ud800", "completion": "c"}', 2, "half of a surrogate pair"),
+    (b'{"prompt": "\xc3\xa9\xff", "completion": "c"}', 14, "byte 0xff is not UTF-8"),
+    ("[" * 100_000, 1, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("line", "column", "reason"), BAD)
+def test_bad_record_is_named(tmp_path: Path, line: str | bytes, column: int, reason: str) -> None:
+    file = write(tmp_path / "t.jsonl", GOOD, line)
+    with pytest.raises(DataError) as caught:
+        read_records([file], DatasetOptions())
+    assert f"t.jsonl line 2, column {column}: " in str(caught.value)
+    assert reason in str(caught.value)
+    assert "on_bad_record=skip" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("[]", "must be a list of turns"),
+        ('[{"role": "user", "content": "q"}]', "has no assistant turn"),
+        ('[{"role": "assistant", "content": "q"}]', "has no assistant turn"),
+        ('[{"role": "bot", "content": "q"}]', "'messages[0].role' is 'bot'"),
+        ('[{"role": "user"}]', "field 'messages[0].content' is missing"),
+        ('[{"role": ["user"], "content": ""}]', "'messages[0].role' is ['user']"),
+        ("[7]", "'messages[0]' must be an object, this is a number"),
+    ],
+)
+def test_bad_messages_are_named(tmp_path: Path, messages: str, reason: str) -> None:
+    file = write(tmp_path / "t.jsonl", f'{{"messages": {messages}}}')
+    with pytest.raises(DataError, match=r"line 1, column [12]:") as caught:
+        read_records([file], DatasetOptions())
+    assert reason in str(caught.value)
+
+
+def test_skip_counts_and_has_a_limit(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(99)]
+    file = write(tmp_path / "t.jsonl", *lines, "oops")
+    reading = read_records([file], DatasetOptions(on_bad_record="skip"))
+    assert len(reading.records) == 99
+    assert "line 100" in reading.describe_skipped()
+    write(tmp_path / "t.jsonl", *lines, "oops", "oops")
+    with pytest.raises(DataError, match=r"2 of 101 records are bad, more than .*=0\.01 allows"):
+        read_records([file], DatasetOptions(on_bad_record="skip"))
+
+
+def test_missing_and_empty_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.jsonl' does not exist"):
+        read_records([str(tmp_path / "no.jsonl")], DatasetOptions())
+    with pytest.raises(DataError, match="no record"):
+        read_records([write(tmp_path / "empty.jsonl", "", " ")], DatasetOptions())
+
+
+def test_repeated_records_are_counted(tmp_path: Path) -> None:
+    other = GOOD.replace('"c"', '"d"')
+    file = write(tmp_path / "t.jsonl", GOOD, GOOD, other)
+    assert len(read_records([file], DatasetOptions(deduplicate=False)).records) == 3
+    reading = read_records([file], DatasetOptions())
+    assert (len(reading.records), reading.duplicates) == (2, 1)
+
+
+def pairs(count: int, prompts: int, answers: int, seed: int = 0) -> list[Record]:
+    draw = random.Random(seed)
+    return [
+        Record.pair(f"Q {draw.randrange(prompts)}?", f"A {draw.randrange(answers)}", "f", i)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_shares_neither_prompt_nor_answer(seed: int) -> None:
+    records = pairs(300, 400, 400, seed)
+    train, held = split_records(records, 0.1, "prompt_and_answer", seed)
+    assert sorted(r.line for r in (*train, *held)) == list(range(300))
+    assert 15 <= len(held) <= 30
+    for text in (lambda r: normalized(r.prompt), lambda r: normalized(r.answer)):
+        assert not {text(r) for r in train} & {text(r) for r in held}
+
+
+def test_split_is_by_wording_not_by_case() -> None:
+    records = [
+        Record.pair(p, str(i), "f", i) for i, p in enumerate(["Hi there!", "hi  there", "x", "y"])
+    ]
+    for seed in range(10):
+        _, held = split_records(records, 0.5, "prompt", seed)
+        lines = {record.line for record in held}
+        assert len(lines & {0, 1}) in (0, 2)
+
+
+def test_labels_as_answers_need_a_split_by_prompt() -> None:
+    records = [Record.pair(f"text {i}", ["good", "bad"][i % 2], "f", i) for i in range(50)]
+    with pytest.raises(ConfigError, match=r"split_by=prompt"):
+        split_records(records, 0.1, "prompt_and_answer", 0)
+    train, held = split_records(records, 0.1, "prompt", 0)
+    assert (len(train), len(held)) == (45, 5)
+
+
+def test_records_of_an_evaluation_file_that_are_trained_on_are_left_out() -> None:
+    train = [Record.pair("one", "1", "f", 1)]
+    held = [
+        Record.pair("One!", "9", "g", 1),
+        Record.pair("two", "1", "g", 2),
+        Record.pair("3", "3", "g", 3),
+    ]
+    assert [r.line for r in without_leakage(held, train, "prompt_and_answer")] == [3]
+    assert [r.line for r in without_leakage(held, train, "prompt")] == [2, 3]
