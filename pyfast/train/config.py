@@ -72,7 +72,7 @@ class OptimizerOptions:
     """AdamW.
 
     Attributes:
-        lr: Peak learning rate; by default 1e-3 for adapters, 2e-5 for full fine-tuning.
+        lr: Peak learning rate; by default 5e-4 for adapters, 2e-5 for full fine-tuning.
         weight_decay: Decoupled decay, applied to matrices only.
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
@@ -121,7 +121,7 @@ class RunOptions:
         samples: Held-out questions answered before and after training.
     """
 
-    epochs: float = 3.0
+    epochs: float = 2.0
     steps: int | None = None
     batch_size: int = 8
     accumulation: int = 1
@@ -172,7 +172,7 @@ class FinetuneConfig:
         """The learning rate asked for, or the method's default."""
         if self.optimizer.lr is not None:
             return self.optimizer.lr
-        return 2e-5 if self.method == "sft" else 1e-3
+        return 2e-5 if self.method == "sft" else 5e-4
 
 
 # field: (lowest value, lowest is allowed, highest value, highest is allowed)
