@@ -96,6 +96,11 @@ def _lora_backward_fake(
     )
 
 
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right, rounded once: a product that is scaled afterwards rounds twice."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
 def _lora_backward_reference(
     grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float,
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
@@ -106,11 +111,11 @@ def _lora_backward_reference(
     dy_mn, x_mk = grad_y.reshape(-1, n), x.reshape(-1, k)
     grad_x = grad_w = grad_a = grad_b = x.new_empty(0)
     if want_x or want_a:
-        dz_mr = (dy_mn @ b).mul_(scale)
+        dz_mr = _scaled_product(dy_mn, b, scale)
     if want_a:
         grad_a = dz_mr.t() @ _dropped(x_mk, dropout, seed)
     if want_b:
-        grad_b = (dy_mn.t() @ z).mul_(scale)
+        grad_b = _scaled_product(dy_mn.t(), z, scale)
     if want_w:
         grad_w = dy_mn.t() @ x_mk
     if want_x:

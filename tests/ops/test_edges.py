@@ -11,7 +11,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pyfast import _extension, ops
-from pyfast.errors import QuantStateError
 from pyfast.ops import OPS
 from pyfast.testing import seeded
 from tests.cases import bottleneck_args, lora_args, packed
@@ -92,6 +91,8 @@ def test_training_in_threads(device):
 
 def runnable(op, device):
     """Names of the kernels for this device that can run here."""
+    if _extension.C is None:
+        pytest.skip(_extension.reason)
     return [
         v["name"]
         for v in _extension.C.variants(op)
@@ -100,7 +101,7 @@ def runnable(op, device):
 
 
 def guarded(numel, dtype, device, fill):
-    """A buffer inside a larger one of `fill`, and a function that tells whether its surroundings are intact."""
+    """A buffer inside a larger one of `fill`, and a function that tells whether the rest is intact."""
     around = torch.full((numel + 128,), fill, dtype=dtype, device=device)
     before = around.clone().view(torch.uint8)
 
@@ -186,6 +187,7 @@ def test_nest_writes_its_outputs_and_nothing_else(blocks, device):
 
 
 def test_an_unknown_variant_is_refused(device):
+    assert "nf4_quantize_none" not in runnable("nf4_quantize", device)
     w = torch.zeros(64, device=device)
     with pytest.raises(ValueError, match="nf4_quantize_none"):
         _extension.C.nf4_quantize(
@@ -243,8 +245,6 @@ def test_negative_sizes_whose_product_fits_are_refused():
         ValueError, match=r"nf4_dequantize: shape must not be negative, got \[-2, -3\]"
     ):
         ops.nf4_dequantize(codes, absmax, (-2, -3))
-    with pytest.raises(QuantStateError, match="packed has 3 values, 0 are needed"):
-        ops.nf4_dequantize(codes, absmax, (-2, 0))
 
 
 @pytest.mark.parametrize("bad", [torch.int32, torch.bool, torch.complex64])
@@ -288,7 +288,7 @@ def test_autocast_over_an_nf4_weight(x_dtype, adapter, low, device):
 
 def _by_batch(device):
     """Functions of x [batch, 64] with other differentiable inputs."""
-    x, codes, bias, a, b, scale, _, _, absmax, inner, offset, _ = lora_args(
+    _, codes, bias, a, b, scale, _, _, absmax, inner, offset, _ = lora_args(
         (5,), 12, 64, 3, device, torch.float32, nf4="nested", bias=True
     )
     nested = {"nested_absmax": inner, "nested_offset": offset}
