@@ -55,13 +55,7 @@ constexpr Variant<NestParams> kNest[] = {
 
 constexpr Variant<DequantizeParams> kDequantize[] = {
 #ifdef PYFAST_CUDA
-    {"nf4_dequantize_cuda", Isa::scalar, 80, on_cuda<launch_dequantize<4, 0>, DequantizeParams>},
-    {"nf4_dequantize_cuda_u2", Isa::scalar, 80, on_cuda<launch_dequantize<2, 0>, DequantizeParams>},
-    {"nf4_dequantize_cuda_u8", Isa::scalar, 80, on_cuda<launch_dequantize<8, 0>, DequantizeParams>},
-    {"nf4_dequantize_cuda_u4p", Isa::scalar, 80,
-     on_cuda<launch_dequantize<4, 6>, DequantizeParams>},
-    {"nf4_dequantize_cuda_u8p", Isa::scalar, 80,
-     on_cuda<launch_dequantize<8, 4>, DequantizeParams>},
+    {"nf4_dequantize_cuda", Isa::scalar, 80, on_cuda<launch_dequantize, DequantizeParams>},
 #endif
 #ifdef PYFAST_X86
     {"nf4_dequantize_avx512", Isa::avx512, 0, on_cpu<dequantize_avx512, DequantizeParams>},

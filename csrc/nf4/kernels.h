@@ -22,7 +22,6 @@ void dequantize_avx512(const DequantizeParams& params, std::int64_t begin, std::
 
 void launch_quantize(const QuantizeParams& params, const Placement& place);
 void launch_nest(const NestParams& params, const Placement& place);
-template <int kUnroll, int kBlocksPerSm>
 void launch_dequantize(const DequantizeParams& params, const Placement& place);
 
 }  // namespace pyfast::nf4

@@ -76,6 +76,7 @@ def _linear_kernel(
         return out
     x_mk, out_mn = x.reshape(-1, k), out.view(-1, out_features)
     if x.device.type == "cuda":
+        _library.record("nf4_linear", "nf4_linear_scratch")
         with _scratch_lock:
             w = scratch(out_features * k, x).view(out_features, k)
             dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
