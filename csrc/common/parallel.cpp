@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -106,6 +107,49 @@ Pool& pool() {
   return *current;
 }
 
+// The OpenMP pool that torch has brought into the process, found at run time and never linked. Its
+// idle threads spin for a while after each product, so other threads would wait for a core: with it
+// a 4096 x 4096 NF4 layer of 64 rows takes 4.4 ms on two cores, with a pool beside it 6.0 ms.
+struct OpenMp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  int (*in_parallel)();
+};
+
+// libgomp's threads do not survive fork(), and it would wait for them for ever.
+std::atomic<bool> g_forked{false};
+
+const OpenMp* torch_openmp() {
+  static const OpenMp found = [] {
+    OpenMp omp{};
+    void* parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    void* inside = dlsym(RTLD_DEFAULT, "omp_in_parallel");
+    if (parallel != nullptr && inside != nullptr) {
+      omp.parallel = reinterpret_cast<decltype(omp.parallel)>(parallel);
+      omp.in_parallel = reinterpret_cast<decltype(omp.in_parallel)>(inside);
+      pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
+    }
+    return omp;
+  }();
+  if (found.parallel == nullptr || g_forked.load(std::memory_order_relaxed)) return nullptr;
+  return found.in_parallel() == 0 ? &found : nullptr;
+}
+
+// One job on an OpenMP team: each thread claims pieces until none is left.
+struct TeamJob {
+  std::int64_t count, piece;
+  RangeFunction body;
+  std::atomic<std::int64_t> next{0};
+
+  static void run(void* self) {
+    auto& job = *static_cast<TeamJob*>(self);
+    for (;;) {
+      const std::int64_t begin = job.next.fetch_add(job.piece, std::memory_order_relaxed);
+      if (begin >= job.count) return;
+      job.body(begin, std::min(begin + job.piece, job.count));
+    }
+  }
+};
+
 }  // namespace
 
 void parallel_for(std::int64_t count, std::int64_t grain, int threads, RangeFunction body) {
@@ -115,6 +159,11 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, RangeFunc
   if (workers > 1) {
     const std::int64_t pieces = workers * kPiecesPerThread;
     const std::int64_t piece = std::max(grain, (count + pieces - 1) / pieces);
+    if (const OpenMp* omp = torch_openmp()) {
+      TeamJob job{count, piece, body};
+      omp->parallel(TeamJob::run, &job, static_cast<unsigned>(workers), 0);
+      return;
+    }
     if (pool().try_run(count, piece, workers - 1, body)) return;
   }
   body(0, count);

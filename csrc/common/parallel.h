@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small persistent thread pool. Not OpenMP: torch ships its own libgomp, and two pools whose idle
-// threads spin take the cores from each other.
+// Work over threads: torch's own OpenMP pool where the process has one, else a small persistent
+// pool of ours. OpenMP is not linked: a second libgomp would spin against torch's.
 #pragma once
 
 #include <cstdint>

@@ -18,8 +18,9 @@ from pyfast.ops import _check, _library
 from pyfast.ops._autocast import cast_for_autocast
 from pyfast.ops.nf4 import FLOATS, dequantize_into, dequantize_reference, missing_kernel
 
-_SLAB_ELEMENTS = 1 << 21
-"""Weights that the CPU path dequantises at a time: 4 MiB of bf16, which stays in the cache."""
+_SLAB_ELEMENTS = 1 << 24
+"""Weights that the CPU path dequantises at a time: 32 MiB of bf16. Larger slabs are faster down to there
+(4096 x 4096, 64 rows: 5.5 ms in slabs of 2^21, 3.6 ms whole), and the buffer stays of a modest size."""
 
 
 def _linear_check(
@@ -71,25 +72,24 @@ def _linear_kernel(
         return result
     out = _linear_fake(*args)
     k = x.shape[-1]
+    whole = x.device.type == "cuda" or out_features * k <= _SLAB_ELEMENTS
+    _library.record("nf4_linear", "nf4_linear_scratch" if whole else "nf4_linear_slabs")
     if out.numel() == 0:
-        _library.record("nf4_linear", "nf4_linear_slabs")
         return out
-    x_mk, out_mn = x.reshape(-1, k), out.view(-1, out_features)
-    if x.device.type == "cuda":
-        _library.record("nf4_linear", "nf4_linear_scratch")
+    if whole:
         with _scratch_lock:
             w = scratch(out_features * k, x).view(out_features, k)
             dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
             return torch.nn.functional.linear(x, w, bias)
-    slabs = _slabs(out_features, k, blocksize)
-    buffer = x.new_empty((slabs[0][1] * k if slabs else 0,))
-    for start, stop in slabs:
-        w = buffer[: (stop - start) * k].view(stop - start, k)
-        first = start * k // blocksize
-        dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset, first)
+    x_mk, out_mn = x.reshape(-1, k), out.view(-1, out_features)
+    for start, stop in _slabs(out_features, k, blocksize):
         part = None if bias is None else bias[start:stop]
-        out_mn[:, start:stop] = torch.nn.functional.linear(x_mk, w, part)
-    _library.record("nf4_linear", "nf4_linear_slabs")
+        with _scratch_lock:
+            w = scratch((stop - start) * k, x).view(stop - start, k)
+            dequantize_into(
+                w, packed, absmax, blocksize, nested_absmax, offset, start * k // blocksize
+            )
+            out_mn[:, start:stop] = torch.nn.functional.linear(x_mk, w, part)
     return out
 
 
