@@ -110,26 +110,8 @@ def apply(
     allow_unmatched: bool = False,
     autocast_adapter_dtype: bool = True,
 ) -> nn.Module:
-    """Apply a fine-tuning method to a model, in place.
-
-    Adapter methods freeze the base and add trainable parameters; a second call with another name adds
-    another adapter and makes it the active one.
-
-    Args:
-        model: any module tree; for defaults, a transformers model of a known family.
-        config: LoraConfig, SFTConfig, or PEFT's config object.
-        adapter_name: letters, digits, `_` and `-`.
-        allow_unmatched: let single names in `target_modules` match nothing.
-        autocast_adapter_dtype: float32 adapters on half-precision weights, as PEFT does.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TargetModuleError: a name matches nothing.
-        ConfigError: a value out of range.
-        UnsupportedError: a setting that is not served.
-        AdapterStateError: the name is taken or not allowed, or adapters are merged.
+    """Apply a fine-tuning method to any module tree, in place; arguments and errors as `pyfast.apply`'s,
+    which also teaches a transformers model to save its adapters.
     """
     plan, ours = prepare(model, config, adapter_name, allow_unmatched, autocast_adapter_dtype)
     commit_plan(model, adapter_name, plan, ours)

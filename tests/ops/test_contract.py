@@ -57,11 +57,9 @@ def test_gradients_match_finite_differences(case):
     assert torch.autograd.gradcheck(run, [wide[i] for i in leaves])
 
 
-@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+@pytest.mark.parametrize("case", [c for c in DIFFERENTIABLE if c.name != "empty"], ids=str)
 def test_double_backward_is_refused(case):
     args = case.make("cpu", torch.float32)
-    if args[0].numel() == 0:
-        pytest.skip("nothing to differentiate")
     y = first_output(OPS[case.op].overload(*args))
     (grad,) = torch.autograd.grad((y * y).sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
