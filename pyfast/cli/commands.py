@@ -38,6 +38,8 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     nf4: bool = False,
+    blocksize: int = 64,
+    nested: bool = True,
     device: str = "auto",
     dtype: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> None:
@@ -51,6 +53,8 @@ def generate(
         temperature: 0 takes the likeliest token each time, else tokens are drawn.
         seed: Decides what is drawn.
         nf4: Quantise the base to NF4 first, as it was when a qlora adapter was trained.
+        blocksize: Under nf4: weights that share one scale.
+        nested: Under nf4: quantise the scales too.
         device: "auto" takes CUDA when there is one.
         dtype: "auto" takes bf16 where the processor computes in it.
     """
@@ -59,7 +63,7 @@ def generate(
     place = choose_place(RunOptions(device=device, dtype=dtype))
     network, tokenizer = load_pretrained(_base(model, adapter), place.dtype, place.device)
     if nf4:
-        pyfast.quantize(network)
+        pyfast.quantize(network, blocksize=blocksize, nested=nested)
     if adapter is not None:
         pyfast.load_adapter(network, adapter)
     torch.manual_seed(seed)
@@ -79,6 +83,8 @@ def merge(
     model: str | None = None,
     dtype: DenseDtype = "bf16",
     nf4: bool = False,
+    blocksize: int = 64,
+    nested: bool = True,
 ) -> None:
     """Merge an adapter into a dense model that transformers loads.
 
@@ -88,13 +94,15 @@ def merge(
         model: Base model; by default the one that the adapter names.
         dtype: Type of the merged weights. The sum is made in fp32 and rounded once.
         nf4: Merge into the base's NF4-rounded weights, which a qlora adapter was trained on.
+        blocksize: Under nf4: weights that share one scale.
+        nested: Under nf4: quantise the scales too.
     """
     with _new_directory(output) as directory:
         network, tokenizer = load_pretrained(
             _base(model, adapter), torch.float32, torch.device("cpu")
         )
         if nf4:
-            pyfast.quantize(network)
+            pyfast.quantize(network, blocksize=blocksize, nested=nested)
         pyfast.load_adapter(network, adapter)
         pyfast.merge(network, dtype=torch.float32)
         pyfast.unload(network)
@@ -123,12 +131,7 @@ def quantize(model: str, output: str, blocksize: int = 64, nested: bool = True) 
             )
         before = sum(parameter.nbytes for parameter in network.parameters())
         pyfast.quantize(network, blocksize=blocksize, nested=nested)
-        # Layers share the tensors of the code tables, which save_pretrained takes for tied weights.
-        state = {
-            name: tensor.clone() if name.endswith("quant_map") else tensor
-            for name, tensor in network.state_dict().items()
-        }
-        network.save_pretrained(directory, state_dict=state)
+        network.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         _mark_quantized(directory / "config.json", network, nested)
         after = sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -154,10 +154,10 @@ def pack_state(weight: NF4Weight) -> dict[str, Tensor]:
         "dtype": str(weight.original_dtype).removeprefix("torch."),
         "shape": list(weight.shape),
     }
-    parts = {"absmax": weight.absmax, "quant_map": NF4_CODE.to(weight.device)}
+    parts = {"absmax": weight.absmax, "quant_map": NF4_CODE.to(weight.device, copy=True)}
     if weight.nested_absmax is not None and weight.nested_offset is not None:
         parts["nested_absmax"] = weight.nested_absmax
-        parts["nested_quant_map"] = NEST_MAP.to(weight.device)
+        parts["nested_quant_map"] = NEST_MAP.to(weight.device, copy=True)
         facts["nested_blocksize"] = NEST_BLOCK
         facts["nested_dtype"] = "float32"
         facts["nested_offset"] = weight.nested_offset.item()

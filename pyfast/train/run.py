@@ -279,7 +279,10 @@ def finish(
     )
     option = "--model" if kind == "model" else "--adapter"
     where = f"{option} {shlex.quote(str(weights))}"
-    nf4 = " --nf4 true" if config.method == "qlora" else ""
+    nf4 = ""
+    if config.method == "qlora":
+        nested = str(config.quant.nested).lower()
+        nf4 = f" --nf4 true --blocksize {config.quant.blocksize} --nested {nested}"
     say(f"\nAsk it:    pyfast generate {where}{nf4} --prompt '...'")
     if kind == "adapter":
         merged = shlex.quote(str(output / "merged"))

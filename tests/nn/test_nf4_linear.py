@@ -12,7 +12,7 @@ from torch import nn
 
 import pyfast
 from pyfast.errors import QuantStateError
-from pyfast.nn import NF4Linear, weight_of
+from pyfast.nn import DenseWeight, NF4Linear, weight_of
 from pyfast.nn.nf4 import STATE_KEY
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -251,3 +251,12 @@ def test_error_text_names_module_and_reason():
         "[PF013] 0: scales hold NaN or infinity; the file is damaged or not an NF4 checkpoint. "
         "The layer is unchanged"
     )
+
+
+def test_layers_share_no_tensor_in_the_state_dict():
+    """safetensors refuses tensors that share memory, so `save_pretrained` of a quantised model needs it."""
+    layers = torch.nn.ModuleList(
+        NF4Linear.from_weight(DenseWeight(torch.randn(8, 64))) for _ in range(2)
+    )
+    pointers = [tensor.data_ptr() for tensor in layers.state_dict().values()]
+    assert len(set(pointers)) == len(pointers)
