@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfast.errors import AdapterStateError, NonFiniteError, TargetModuleError, UnsupportedError
+from pyfast.errors import (
+    AdapterStateError,
+    ConfigError,
+    NonFiniteError,
+    TargetModuleError,
+    UnsupportedError,
+)
 from pyfast.methods.base import METHODS, Method, Plan, adapted_modules, replace_module
 from pyfast.methods.lora import quantize_linears
 from pyfast.methods.targets import linear_modules, named, output_layers
@@ -35,6 +41,10 @@ def check_adapter_name(name: str) -> None:
     """Raise AdapterStateError unless the name is safe as a module key and as a file name."""
     if not 1 <= len(name) <= 64 or not _NAME_CHARACTERS.issuperset(name):
         raise AdapterStateError(f"adapter name {name!r} must match [A-Za-z0-9_-]{{1,64}}")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+        raise AdapterStateError(
+            f"adapter name {name!r} is taken by an attribute of torch's modules; choose another"
+        )
 
 
 def known_adapter(model: nn.Module, name: str) -> Any:
@@ -128,7 +138,7 @@ def prepare(
             f"the model already has an adapter {adapter_name!r}; pass another adapter_name or "
             "delete_adapter first"
         )
-    _refuse_merged(model, "apply")
+    _refuse_busy(model, "apply")
     method, ours = coerce_config(config)
     plan = method.plan(
         model,
@@ -157,10 +167,10 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     Raises:
         AdapterStateError: an unknown name, or adapters are merged.
     """
-    wanted = [names] if isinstance(names, str) else list(names)
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     for name in wanted:
         known_adapter(model, name)
-    _refuse_merged(model, "set_adapter")
+    _refuse_busy(model, "set_adapter")
     _activate(model, wanted)
 
 
@@ -181,7 +191,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         AdapterStateError: an unknown name, or adapters are merged.
     """
     known_adapter(model, name)
-    _refuse_merged(model, "delete_adapter")
+    _refuse_busy(model, "delete_adapter")
     for path, module in adapted_modules(model).items():
         module.remove(name)
         if not module.adapter_names():
@@ -217,7 +227,9 @@ def merge(
         NonFiniteError: an adapter or a merged weight holds NaN or infinity; the model is unchanged.
     """
     layers = [m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer)]
-    _refuse_merged(model, "merge")
+    _refuse_busy(model, "merge")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"merge: dtype must be a floating-point torch.dtype, got {dtype!r}")
     wanted = _merge_names(model, layers, names)
     for name in wanted:
         for key, parameter in adapter_parameters(model, name).items():
@@ -250,7 +262,7 @@ def _merge_names(
     if names is None:
         wanted = list(dict.fromkeys(name for layer in layers for name in layer.active))
     else:
-        wanted = [names] if isinstance(names, str) else list(names)
+        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     for name in wanted:
         known_adapter(model, name)
     if not wanted:
@@ -264,6 +276,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         AdapterStateError: nothing is merged.
     """
+    _refuse_disabled(model, "unmerge")
     layers = [
         m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer) and m.merged
     ]
@@ -278,7 +291,11 @@ def unload(model: nn.Module) -> nn.Module:
     """Take all adapters off and leave a plain model: merged weights where merged, the base elsewhere.
 
     Modules trained whole stay at their active copy.
+
+    Raises:
+        AdapterStateError: called inside an `adapters_disabled` block.
     """
+    _refuse_disabled(model, "unload")
     for path, module in adapted_modules(model).items():
         replace_module(model, path, _bare(module))
     adapter_configs(model).clear()
@@ -316,7 +333,15 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
                 layer.merge(names, dtype)
 
 
-def _refuse_merged(model: nn.Module, what: str) -> None:
+def _refuse_disabled(model: nn.Module, what: str) -> None:
+    if not all(module.enabled for module in adapted_modules(model).values()):
+        raise AdapterStateError(
+            f"{what}: adapters are disabled; call it outside the adapters_disabled block"
+        )
+
+
+def _refuse_busy(model: nn.Module, what: str) -> None:
+    _refuse_disabled(model, what)
     for path, module in adapted_modules(model).items():
         if isinstance(module, AdapterLayer) and module.merged:
             raise AdapterStateError(

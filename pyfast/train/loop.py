@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pyfast.errors import NoGradientError, NonFiniteError
+from pyfast.errors import EmptyTargetError, NoGradientError, NonFiniteError
 from pyfast.train import checkpoint as ckpt
 from pyfast.train.checkpoint import Checkpoint, Progress
 from pyfast.train.config import FinetuneConfig, ScheduleOptions, validate
@@ -62,6 +62,11 @@ def finetune(config: FinetuneConfig) -> Result:
     model, tokenizer = prepare_model(config, place, saved_model)
     parameters = trainable_parameters(model)
     data = load_data(config, tokenizer)
+    if not data.train.items:
+        raise EmptyTargetError(
+            f"no record is left to train on: the split holds out all {len(data.evaluation.items)}. "
+            "Fix: more distinct records, or --dataset.eval_fraction 0"
+        )
     trainer = Trainer(config, place, model, tokenizer, parameters, data, output)
     describe(config, place, model, parameters, data, trainer.total)
     if checkpoint:

@@ -13,7 +13,7 @@ from pyfast import LoraConfig
 from pyfast.errors import AdapterStateError
 from pyfast.methods.lora import LoraLinear
 from pyfast.nn import NF4Linear
-from tests.models import gpt2, llama, logits, randomise, twin
+from tests.models import fingerprint, gpt2, llama, logits, randomise, twin
 
 MODELS = {"llama": llama, "tied": lambda: llama(tied=True), "gpt2": gpt2}
 
@@ -320,3 +320,48 @@ Life.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestLife = Life.TestCase
+
+
+def test_state_changes_are_refused_while_adapters_are_disabled():
+    model = pyfast.apply(llama(), pyfast.LoraConfig(target_modules=["q_proj"]))
+    pyfast.merge(model)
+    before = fingerprint(model)
+    calls = [
+        lambda: pyfast.merge(model),
+        lambda: pyfast.unmerge(model),
+        lambda: pyfast.unload(model),
+        lambda: pyfast.set_adapter(model, "default"),
+        lambda: pyfast.delete_adapter(model, "default"),
+        lambda: pyfast.apply(model, pyfast.LoraConfig(target_modules=["q_proj"]), adapter_name="b"),
+    ]
+    with pyfast.adapters_disabled(model):
+        for call in calls:
+            with pytest.raises(pyfast.errors.AdapterStateError, match="adapters_disabled"):
+                call()
+    assert fingerprint(model) == before
+    pyfast.unmerge(model)
+
+
+def test_a_name_given_twice_counts_once():
+    model = pyfast.apply(llama(), pyfast.LoraConfig(target_modules=["q_proj"]))
+    pyfast.set_adapter(model, ["default", "default"])
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.active == ["default"]
+    pyfast.merge(model, ["default", "default"])
+    assert layer.merged == ["default"]
+
+
+@pytest.mark.parametrize("name", ["items", "pop", "forward", "training"])
+def test_names_of_module_attributes_are_refused(name):
+    model = llama()
+    config = pyfast.LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(pyfast.errors.AdapterStateError, match="is taken"):
+        pyfast.apply(model, config, adapter_name=name)
+    assert not any("lora" in key for key in model.state_dict())
+
+
+def test_merging_takes_floating_point_types_only():
+    model = pyfast.apply(llama(), pyfast.LoraConfig(target_modules=["q_proj"]))
+    for dtype in (torch.int8, "float16", 3):
+        with pytest.raises(pyfast.errors.ConfigError, match="floating-point"):
+            pyfast.merge(model, dtype=dtype)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pyfast.errors import (
     CheckpointCorruptError,
     ConfigError,
+    EmptyTargetError,
     NoGradientError,
     NonFiniteError,
     ResumeError,
@@ -287,3 +288,12 @@ def test_model_that_does_not_exist(make_config: Any, tmp_path: Path) -> None:
 def test_device_that_does_not_exist(make_config: Any) -> None:
     with pytest.raises(ConfigError, match=r"run\.device is 'tpu'"):
         finetune(make_config(device="tpu"))
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(
+    make_config: Any, tmp_path: Path
+) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    with pytest.raises(EmptyTargetError, match="no record is left to train on"):
+        finetune(make_config(data=str(data)))
