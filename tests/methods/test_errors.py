@@ -126,9 +126,9 @@ def test_catastrophic_patterns_stop_after_a_second(field):
     model = llama()
     value = {EVIL: 4} if field == "rank_pattern" else EVIL
     config = LoraConfig(**{"target_modules": "all-linear", field: value})
-    start = time.monotonic()
+    start = time.thread_time()
     message = refused(model, UnsafeFileError, lambda: pyfast.apply(model, config))
-    assert time.monotonic() - start < 10
+    assert time.thread_time() - start < 2.5
     assert "takes more than 1 s to match; use a list of names. Nothing was changed" in message
 
 
