@@ -112,3 +112,9 @@ class ConfigError(PyfastError, ValueError):
     """A configuration value out of its range or of the wrong type."""
 
     code = "PF018"
+
+
+class AdapterNotFoundError(PyfastError, FileNotFoundError, ValueError):
+    """There is no adapter at a path."""
+
+    code = "PF019"

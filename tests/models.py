@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -13,25 +14,38 @@ from torch import nn
 VOCAB = 96
 
 
-def llama(*, tied=False, layers=2, seed=0, bias=False, **kwargs):
-    """A Llama of about 60k parameters with grouped-query attention."""
+def llama(*, tied=False, layers=2, seed=0, bias=False, **changes):
+    """A Llama of about 60k parameters with grouped-query attention; `changes` go to its config."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        attention_bias=bias,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **kwargs,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "attention_bias": bias,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**values | changes)).eval()
+
+
+def word_llama(directory):
+    """Save a Llama with a tokenizer of the words w0, w1 ... w93; the directory."""
+    names = ["<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB - 2))]
+    words = {name: index for index, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(directory)
+    ends = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 1}
+    llama(**ends).save_pretrained(directory)
+    return directory
 
 
 def gpt2(*, layers=2, seed=0):
@@ -87,7 +101,7 @@ def fingerprint(model):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         total.update(bytes(data.tolist()))
     for name, module in model.named_modules():
-        state = {k: v for k, v in vars(module).items() if k in ("active", "enabled", "merged")}
+        state = {k: v for k, v in vars(module).items() if k in ("active", "_disabled", "merged")}
         total.update(f"{name} {type(module)} {module.training} {state}".encode())
     total.update(repr(vars(model).get("_pyfast_configs")).encode())
     return total.hexdigest()

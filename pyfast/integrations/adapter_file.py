@@ -19,26 +19,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
+from pyfast.errors import (
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    ConfigError,
+    NonFiniteError,
+    UnsafeFileError,
+)
 from pyfast.methods.apply import config_from_fields
 from pyfast.methods.base import METHODS
 
 PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# Our files carry this metadata entry; PEFT ignores it, and files without it are read unchecked.
+# Our files carry these metadata entries, which PEFT ignores (it warns of unknown fields in the config);
+# files without a digest are read unchecked.
 _DIGEST = "pyfast_sha256"
+_BASE = "pyfast_base_weights"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_TENSORS = 1_000_000
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], fields: dict[str, Any]) -> None:
-    """Write both files beside their final names and rename them: an interrupted save leaves the old ones."""
+def write_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], fields: dict[str, Any], base_weights: str
+) -> None:
+    """Write both files beside their final names and rename them: an interrupted save leaves the old ones.
+
+    Args:
+        directory: created if missing.
+        tensors: file keys to tensors.
+        fields: the config.
+        base_weights: format of the weights that the adapter was trained on, "dense" or "nf4".
+    """
     directory.mkdir(parents=True, exist_ok=True)
     weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
     new_weights, new_settings = weights.with_suffix(".tmp"), settings.with_suffix(".tmp")
-    metadata = {"format": "pt", _DIGEST: _digest(tensors)}
+    metadata = {"format": "pt", _DIGEST: _digest(tensors), _BASE: base_weights}
     save_file(dict(tensors), new_weights, metadata=metadata)
     new_settings.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     new_weights.replace(weights)
@@ -60,11 +77,10 @@ def read_config(directory: Path) -> Any:
     Raises:
         ConfigError: not a JSON object, or a field has the wrong type.
         UnsupportedError: a setting that is not served.
-        FileNotFoundError: there is none.
+        AdapterNotFoundError: there is none.
     """
     path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a PEFT adapter directory holds it")
+    _require(path)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise UnsafeFileError(
             f"{path} is larger than {_MAX_CONFIG_BYTES} bytes; not an adapter config"
@@ -82,6 +98,20 @@ def read_config(directory: Path) -> Any:
             return config_from_fields(method, values)
     served = sorted(m.peft_type for m in METHODS.values() if m.peft_type)
     raise ConfigError(f"{path}: peft_type {kind!r} is not served; use one of {served}")
+
+
+def _require(path: Path) -> None:
+    """Raise AdapterNotFoundError unless the file is there."""
+    if not path.parent.is_dir():
+        raise AdapterNotFoundError(
+            f"there is no adapter directory {str(path.parent)!r}; pass the folder that save_adapter or PEFT "
+            "wrote, or fetch one first with huggingface_hub.snapshot_download. Nothing was changed"
+        )
+    if not path.is_file():
+        raise AdapterNotFoundError(
+            f"{path} is missing; pass a folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}, as "
+            "save_adapter and PEFT write them. Nothing was changed"
+        )
 
 
 def _check_types(path: Path, config_type: type[Any], values: dict[str, Any]) -> None:
@@ -109,8 +139,9 @@ def _fits(value: Any, kind: str) -> bool:
 
 def read_tensors(
     directory: Path, shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, Tensor], model: str
-) -> dict[str, Tensor]:
-    """The tensors of an adapter file, keys without the prefix.
+) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of an adapter file, keys without the prefix, and the format of the weights that it was
+    trained on where the file says so.
 
     Args:
         directory: holds the file.
@@ -122,16 +153,15 @@ def read_tensors(
         AdapterMismatchError: damaged, or keys, shapes or dtypes are not those needed.
         NonFiniteError: NaN or infinity.
         UnsafeFileError: only a pickle is there, or there are too many tensors.
-        FileNotFoundError: there is no file.
+        AdapterNotFoundError: there is no file.
     """
     path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        if (directory / "adapter_model.bin").is_file():
-            raise UnsafeFileError(
-                f"'{directory / 'adapter_model.bin'}' is a Python pickle and can run code when read; "
-                "pyfast does not open it. Fix, on a machine you trust: pyfast convert"
-            )
-        raise FileNotFoundError(f"{path} is missing; a PEFT adapter directory holds it")
+    if not path.is_file() and (directory / "adapter_model.bin").is_file():
+        raise UnsafeFileError(
+            f"'{directory / 'adapter_model.bin'}' is a Python pickle and can run code when read; "
+            "pyfast does not open it. Fix, on a machine you trust: pyfast convert"
+        )
+    _require(path)
     where = f"adapter {str(directory)!r} does not fit {model}"
     try:
         with safe_open(path, framework="pt") as file:
@@ -140,10 +170,10 @@ def read_tensors(
                 raise UnsafeFileError(f"{path} holds {len(keys)} tensors; not an adapter")
             _check_header(file, keys, shapes, base, where)
             tensors = {key: file.get_tensor(key) for key in keys}
-            digest = (file.metadata() or {}).get(_DIGEST)
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise AdapterMismatchError(f"{path} is damaged: {error}. Nothing was changed") from None
-    if digest is not None and digest != _digest(tensors):
+    if _DIGEST in metadata and metadata[_DIGEST] != _digest(tensors):
         raise AdapterMismatchError(
             f"{path} is damaged: its tensors do not have the checksum in its header. "
             "The adapter was NOT applied. Fix: fetch or save it again"
@@ -156,7 +186,7 @@ def read_tensors(
                 "The adapter was NOT applied. Fix: load it into the model it was trained on"
             )
         check_finite(f"adapter {str(directory)!r}", key, tensor)
-    return {key: needed[key] for key in shapes}
+    return {key: needed[key] for key in shapes}, metadata.get(_BASE)
 
 
 def _check_header(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,11 @@ from pyfast.integrations.adapter_file import (
     read_tensors,
     write_adapter,
 )
-from pyfast.methods.apply import (
-    adapter_parameters,
-    check_adapter_name,
-    commit_plan,
-    known_adapter,
-    prepare,
-)
-from pyfast.methods.base import METHODS, adapted_modules
+from pyfast.methods.apply import check_adapter_name, commit_plan, prepare
+from pyfast.methods.base import METHODS, adapted_modules, refuse_meta
+from pyfast.methods.state import adapter_parameters, known_adapter
 from pyfast.methods.targets import match_targets
-from pyfast.nn import AdapterLayer, DenseWeight, SavedModule
+from pyfast.nn import AdapterLayer, DenseWeight, NF4Weight, SavedModule, weight_of
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -59,6 +55,7 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         AdapterStateError: there is no such adapter.
         EmbeddingNotSavedError: the vocabulary was resized and the embeddings are not in the adapter.
         NonFiniteError: the adapter holds NaN or infinity.
+        UnsupportedError: it lies on the meta device.
     """
     config = known_adapter(model, adapter_name)
     method = METHODS[type(config)]
@@ -68,23 +65,25 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         )
     check_adapter_name(adapter_name)
     _check_vocabulary(model, adapter_name)
-    tensors = {k: v.contiguous().cpu() for k, v in adapter_state_dict(model, adapter_name).items()}
+    state = adapter_state_dict(model, adapter_name)
+    refuse_meta("save_adapter", state.items())
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in state.items()}
     for key, tensor in tensors.items():
         check_finite(f"adapter {adapter_name!r}", key, tensor)
-    write_adapter(
-        Path(directory), tensors, _config_fields(model, config, method.peft_type, adapter_name)
-    )
-
-
-def _config_fields(
-    model: nn.Module, config: Any, peft_type: str, adapter_name: str
-) -> dict[str, Any]:
-    fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     layers = {
         path: module
         for path, module in adapted_modules(model).items()
         if isinstance(module, AdapterLayer) and adapter_name in module.adapter_names()
     }
+    fields = _config_fields(model, config, method.peft_type, layers)
+    quantized = any(layer.quantized for layer in layers.values())
+    write_adapter(Path(directory), tensors, fields, "nf4" if quantized else "dense")
+
+
+def _config_fields(
+    model: nn.Module, config: Any, peft_type: str, layers: Mapping[str, AdapterLayer]
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     fields["target_modules"] = _target_names(model, list(layers))
     fields["exclude_modules"] = fields["layers_to_transform"] = fields["layers_pattern"] = None
     weights = [m.base_weight for m in layers.values()]
@@ -144,12 +143,20 @@ def read_adapter(model: nn.Module, directory: Path, adapter_name: str, trainable
     config = read_config(directory)
     # The file's tensors say exactly what is adapted, so a name that matches nothing does no harm.
     plan, ours = prepare(model, config, adapter_name, True, True)
-    tensors = read_tensors(directory, plan.shapes, _base_tensors(model), type(model).__name__)
-    commit_plan(model, adapter_name, plan, ours)
-    with torch.no_grad():
-        for key, parameter in adapter_parameters(model, adapter_name).items():
-            parameter.copy_(tensors[key])
-            parameter.requires_grad_(trainable)
+    refuse_meta("load_adapter", model.named_parameters())
+    name = type(model).__name__
+    tensors, base_weights = read_tensors(directory, plan.shapes, _base_tensors(model), name)
+    if base_weights == "nf4" and not any(
+        isinstance(weight_of(module), NF4Weight) for module in model.modules()
+    ):
+        warnings.warn(
+            f"adapter {str(directory)!r} was trained on an NF4 base, but this {name} is dense; call "
+            "pyfast.quantize(model) before load_adapter for the weights it was trained on",
+            stacklevel=3,
+        )
+    commit_plan(model, adapter_name, plan, ours, tensors)
+    for parameter in adapter_parameters(model, adapter_name).values():
+        parameter.requires_grad_(trainable)
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:

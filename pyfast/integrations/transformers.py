@@ -17,13 +17,15 @@ from pyfast import methods
 from pyfast.errors import UnsupportedError
 from pyfast.integrations.adapter_file import PREFIX, WEIGHTS_NAME
 from pyfast.integrations.peft import copy_adapter, read_adapter, save_adapter
-from pyfast.methods.apply import adapter_configs
 from pyfast.methods.base import adapted_modules
-from pyfast.nn import DenseWeight, register_format
+from pyfast.methods.state import adapter_configs
+from pyfast.nn import DENSE_DTYPES, DenseWeight, register_format
 
 
-def _conv1d_view(module: nn.Module) -> DenseWeight:
-    return DenseWeight(module.weight.t(), module.bias)  # type: ignore[arg-type, operator]
+def _conv1d_view(module: Any) -> DenseWeight | None:
+    if module.weight.dtype not in DENSE_DTYPES:
+        return None
+    return DenseWeight(module.weight.t(), module.bias)
 
 
 register_format("transformers.pytorch_utils.Conv1D", _conv1d_view)
@@ -41,7 +43,8 @@ def apply(
 
     Adapter methods freeze the base and add trainable parameters; a second call with another name adds
     another adapter and makes it the active one. A transformers model afterwards saves its adapters,
-    not its base, in `save_pretrained`, and so in `Trainer`'s checkpoints.
+    not its base, in `save_pretrained`, and so in `Trainer`'s checkpoints. A warning names the modules
+    whose tie `modules_to_save` breaks.
 
     Args:
         model: any module tree; for defaults, a transformers model of a known family.
@@ -75,6 +78,8 @@ def load_adapter(
 ) -> nn.Module:
     """Add an adapter from PEFT's format to a model, in place, and make it the active one.
 
+    A warning says so where the file was trained on an NF4 base and this one is dense.
+
     Args:
         model: the base model, or one with other adapters.
         directory: holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -89,10 +94,10 @@ def load_adapter(
         NonFiniteError: a value is NaN or infinite.
         UnsafeFileError: only a pickle is there, or the file is oversized.
         ConfigError: the config is not JSON, or a field has the wrong type.
-        UnsupportedError: the config sets something that is not served.
+        UnsupportedError: the config sets something that is not served, or the model has no values yet.
         TargetModuleError: the config's targets match nothing in this model.
         AdapterStateError: the name is taken or not allowed, or adapters are merged.
-        FileNotFoundError: a file is missing.
+        AdapterNotFoundError: the directory or a file is missing.
     """
     read_adapter(model, Path(directory), adapter_name, trainable)
     adopt(model)

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning methods: one file each, found by the type of their config."""
 
-from pyfast.methods.apply import (
+from pyfast.methods.apply import apply, coerce_config
+from pyfast.methods.base import METHODS, Method
+from pyfast.methods.lora import LoraConfig
+from pyfast.methods.quantize import quantize
+from pyfast.methods.sft import SFTConfig
+from pyfast.methods.state import (
     adapter_parameters,
     adapters_disabled,
-    apply,
-    coerce_config,
     delete_adapter,
     merge,
-    quantize,
     set_adapter,
     unload,
     unmerge,
 )
-from pyfast.methods.base import METHODS, Method
-from pyfast.methods.lora import LoraConfig
-from pyfast.methods.sft import SFTConfig
 
 __all__ = [
     "METHODS",

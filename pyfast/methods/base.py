@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from pyfast.errors import ConfigError, UnsupportedError
 from pyfast.nn import AdapterLayer, SavedModule
 
 Commit = Callable[[], None]
@@ -21,10 +22,12 @@ class Plan:
     Attributes:
         shapes: adapter-file key without the `base_model.model.` prefix to the tensor's shape.
         commit: makes the change.
+        warnings: what the user should know before it is made.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     commit: Commit
+    warnings: tuple[str, ...] = ()
 
 
 class Method(Protocol):
@@ -62,8 +65,38 @@ def register_method(method: Method) -> None:
     METHODS[method.config_type] = method
 
 
+def check_model(model: object) -> None:
+    """Raise ConfigError unless the model is a module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model must be a torch.nn.Module, got {type(model).__name__} {str(model)[:80]!r}; "
+            "load it first, for example with transformers' from_pretrained"
+        )
+
+
+def refuse_meta(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise UnsupportedError if one of the named tensors has no values."""
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise UnsupportedError(
+                f"{what}: {name!r} lies on the meta device and has no values; load the model's weights "
+                "first. Nothing was changed"
+            )
+
+
+def as_names(field: str, value: object) -> list[str]:
+    """A name or several as a list; raise ConfigError for anything else."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping)):
+        names = list(names)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise ConfigError(f"{field}={value!r} must be a name or a list of names. Nothing was changed")
+
+
 def adapted_modules(model: nn.Module) -> dict[str, AdapterLayer | SavedModule]:
     """Path to module for every adapted or whole-trained module of a model."""
+    check_model(model)
     return {
         path: module
         for path, module in model.named_modules()
@@ -71,7 +104,20 @@ def adapted_modules(model: nn.Module) -> dict[str, AdapterLayer | SavedModule]:
     }
 
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module at a path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
+def replace_modules(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put `replacement(module)`, where it is not None, in the place of each module below the model.
+
+    It is called once for a module that several names reach, and all of them get the new one. A replaced
+    module is not held any longer than its turn.
+    """
+    parents = [module for module in model.modules() if module._modules]
+    made: dict[int, nn.Module | None] = {}
+    for parent in parents:
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if id(child) not in made:
+                made[id(child)] = replacement(child)
+            new = made[id(child)]
+            if new is not None:
+                setattr(parent, name, new)

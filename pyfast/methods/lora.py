@@ -7,7 +7,7 @@ With an NF4 base the same method is QLoRA (Dettmers et al., 2023).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.errors import ConfigError, UnsupportedError
-from pyfast.methods.base import Plan, register_method, replace_module
+from pyfast.methods.base import Plan, register_method, replace_modules
 from pyfast.methods.saved import plan_saved
 from pyfast.methods.targets import (
     linear_modules,
     match_saved,
     match_targets,
     pattern_values,
+    served_weight,
 )
-from pyfast.nn import AdapterLayer, NF4Linear, Weight, weight_of
+from pyfast.nn import AdapterLayer, Weight, weight_of
 from pyfast.nn.adapter_layer import has_hooks
 
 _MAX_ALPHA = 1e9
+_MAX_RANK = 1 << 16
 
 
 @dataclass
@@ -76,10 +78,14 @@ class LoraConfig:
 
     def check(self) -> None:
         """Raise ConfigError or UnsupportedError for values that cannot be served."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(value := getattr(self, name), Mapping):
+                raise ConfigError(f"LoraConfig: {name}={value!r} must be a dict")
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if type(rank) is not int or rank < 1:
+            if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
                 raise ConfigError(
-                    f"LoraConfig: rank {name}={rank!r} must be an integer of at least 1"
+                    f"LoraConfig: rank {name}={rank!r} must be an integer of at least 1 and at most "
+                    f"{_MAX_RANK}"
                 )
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
@@ -228,17 +234,18 @@ class LoraMethod:
         linears = linear_modules(model)
         shapes: dict[str, tuple[int, ...]] = dict(saved.shapes)
         for path in paths:
-            weight = _weight(linears[path])
+            weight = served_weight(path, linears[path])
             shapes[f"{path}.lora_A.weight"] = (ranks[path], weight.in_features)
             shapes[f"{path}.lora_B.weight"] = (weight.out_features, ranks[path])
 
         def commit() -> None:
+            wrapped: dict[nn.Module, nn.Module] = {}
             for path in paths:
                 layer = model.get_submodule(path)
                 if not isinstance(layer, LoraLinear):
-                    layer = LoraLinear(layer)
-                    layer.train(layer.base_layer.training)
-                    replace_module(model, path, layer)
+                    base = layer
+                    layer = wrapped[base] = LoraLinear(base)
+                    layer.train(base.training)
                 layer.add(
                     adapter_name,
                     ranks[path],
@@ -247,15 +254,10 @@ class LoraMethod:
                     config.init_lora_weights,
                     _adapter_dtype(layer.base_weight, autocast_adapter_dtype),
                 )
+            replace_modules(model, wrapped.get)
             saved.commit()
 
-        return Plan(shapes, commit)
-
-
-def _weight(module: nn.Module) -> Weight:
-    weight = weight_of(module)
-    assert weight is not None, "linear_modules returned a module without a weight"
-    return weight
+        return Plan(shapes, commit, saved.warnings)
 
 
 def _adapter_dtype(weight: Weight, autocast: bool) -> torch.dtype:
@@ -264,12 +266,3 @@ def _adapter_dtype(weight: Weight, autocast: bool) -> torch.dtype:
 
 
 register_method(LoraMethod())
-
-
-def quantize_linears(model: nn.Module, paths: Iterable[str], blocksize: int, nested: bool) -> None:
-    """Replace the linears at these paths by `NF4Linear`, one at a time to keep the peak low."""
-    for path in paths:
-        weight = _weight(model.get_submodule(path))
-        replace_module(
-            model, path, NF4Linear.from_weight(weight, blocksize=blocksize, nested=nested)
-        )

@@ -9,7 +9,7 @@ from torch import nn
 
 from pyfast.errors import AdapterStateError, TargetModuleError, UnsupportedError
 from pyfast.methods.base import Plan, adapted_modules, register_method
-from pyfast.nn import NF4Weight, weight_of
+from pyfast.nn import DENSE_DTYPES, NF4Weight, weight_of
 
 
 @dataclass
@@ -48,7 +48,7 @@ class SFTMethod:
             path
             for path, module in model.named_modules()
             if isinstance(weight_of(module), NF4Weight)
-            or any(not p.is_floating_point() for p in module.parameters(recurse=False))
+            or any(p.dtype not in DENSE_DTYPES for p in module.parameters(recurse=False))
         ]
         if quantised:
             raise UnsupportedError(

@@ -9,16 +9,18 @@ import time
 from collections.abc import Iterable, Mapping
 
 import regex
-from torch import nn
+from torch import Tensor, nn
 
 from pyfast.errors import (
     AdapterStateError,
+    ConfigError,
     TargetModuleError,
     UnsafeFileError,
     UnsupportedError,
 )
 from pyfast.families import family_of
-from pyfast.nn import AdapterLayer, SavedModule, weight_of
+from pyfast.methods.base import as_names, check_model
+from pyfast.nn import DENSE_DTYPES, AdapterLayer, SavedModule, Weight, weight_of
 
 ALL_LINEAR = "all-linear"
 _PATTERN_SECONDS = 1.0
@@ -66,11 +68,14 @@ def _short(value: object) -> str:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path to base module of every linear layer that can carry an adapter; adapted ones by their path.
+    """Path to base module of every linear layer; adapted ones by their path, shared ones by the first.
+
+    Those of 8-bit floats are there too, so that `served_weight` refuses them where they are asked for.
 
     Raises:
         AdapterStateError: the model carries PEFT's adapters, whose own linears must not be mistaken.
     """
+    check_model(model)
     found: dict[str, nn.Module] = {}
     inside: list[str] = []
     for path, module in model.named_modules():
@@ -87,9 +92,31 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
         elif isinstance(module, (SavedModule, nn.MultiheadAttention)):
             # torch's attention reads its output layer's weight and never calls the layer.
             inside.append(path + ".")
-        elif path and weight_of(module) is not None:
+        elif path and (weight_of(module) is not None or _float8(module)):
             found[path] = module
     return found
+
+
+def _float8(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        return False
+    return weight.is_floating_point() and weight.itemsize == 1
+
+
+def served_weight(path: str, module: nn.Module) -> Weight:
+    """The weight of a module that `linear_modules` found.
+
+    Raises:
+        UnsupportedError: its dtype is not served.
+    """
+    weight = weight_of(module)
+    if weight is None:
+        raise UnsupportedError(
+            f"{path!r} is a {type(module).__name__} with a {module.weight.dtype} weight, which is not "
+            "served; load the model in torch.bfloat16 or in 4 bits. Nothing was changed"
+        )
+    return weight
 
 
 def output_layers(model: nn.Module) -> set[str]:
@@ -149,11 +176,11 @@ def match_targets(
         matcher = Matcher()
         matched = [path for path in linears if matcher.full(targets, path)]
     else:
-        names = list(targets)
+        names = as_names("target_modules", targets)
         matched = [path for path in linears if named(names, path)]
         missed = [name for name in names if not any(named([name], path) for path in linears)]
         if missed and not allow_unmatched:
-            _refuse_other_kinds(model, missed[0])
+            _refuse_other_kinds(model, missed[0], linears)
             raise TargetModuleError(
                 _missed_text("target_modules", missed, names, linears, model_name)
             )
@@ -166,7 +193,8 @@ def match_targets(
     whole = [f"{path}." for path in saved]
     matched = [path for path in matched if not any(f"{path}.".startswith(p) for p in whole)]
     matched = _filtered(matched, exclude, allow_unmatched)
-    matched = _in_layers(matched, layers, layers_pattern)
+    if layers is not None:
+        matched = _in_layers(matched, linears, layers, layers_pattern, allow_unmatched)
     if not matched:
         raise TargetModuleError(
             f"target_modules={_short(targets)} matches no linear module of {model_name} "
@@ -176,10 +204,16 @@ def match_targets(
     return matched
 
 
-def _refuse_other_kinds(model: nn.Module, name: str) -> None:
-    """Say so if a target exists but is no linear layer that can carry an adapter."""
-    for path, module in model.named_modules():
+def _refuse_other_kinds(model: nn.Module, name: str, linears: Mapping[str, nn.Module]) -> None:
+    """Say so if a target exists but is no linear layer that can carry an adapter, or a second name of one."""
+    for path, module in model.named_modules(remove_duplicate=False):
         if path and named([name], path):
+            for first, linear in linears.items():
+                if linear is module:
+                    raise TargetModuleError(
+                        f"target_modules: {name!r} names {path!r}, which is the same module as {first!r}; "
+                        "use that name, it adapts both. Nothing was changed"
+                    )
             raise UnsupportedError(
                 f"target_modules: {name!r} names {path!r}, a {type(module).__name__}; only linear layers "
                 "(dense or 4-bit) can carry an adapter. Nothing was changed"
@@ -196,7 +230,7 @@ def _filtered(
         hit = {path for path in matched if matcher.full(exclude, path)}
         missed = [] if hit else [exclude]
     else:
-        names = list(exclude)
+        names = as_names("exclude_modules", exclude)
         hit = {path for path in matched if named(names, path)}
         missed = [name for name in names if not any(named([name], path) for path in matched)]
     if missed and not allow_unmatched:
@@ -208,13 +242,27 @@ def _filtered(
 
 def _in_layers(
     kept: list[str],
-    layers: int | Iterable[int] | None,
+    linears: Iterable[str],
+    layers: int | Iterable[int],
     layers_pattern: str | Iterable[str] | None,
+    allow_unmatched: bool,
 ) -> list[str]:
-    if layers is None:
-        return kept
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
+    wanted = [layers] if not isinstance(layers, Iterable) else list(layers)
+    if not all(type(index) is int for index in wanted):
+        raise ConfigError(
+            f"layers_to_transform={layers!r} must be a layer index or a list of them. "
+            "Nothing was changed"
+        )
+    patterns = as_names("layers_pattern", layers_pattern or ())
+    indices = (layer_index(path, patterns) for path in linears)
+    known = sorted({index for index in indices if index is not None})
+    missed = [index for index in wanted if index not in known]
+    if missed and not allow_unmatched:
+        there = f"layers {known[0]} to {known[-1]}" if known else "no numbered layers"
+        raise TargetModuleError(
+            f"layers_to_transform: there is no layer {missed[0]}; the model has {there}. "
+            "Nothing was changed"
+        )
     return [path for path in kept if layer_index(path, patterns) in wanted]
 
 
@@ -238,7 +286,8 @@ def match_saved(
         TargetModuleError: a name matches no module.
         UnsupportedError: it matches a module that carries adapters, or one with quantised weights.
     """
-    names = list(names or ())
+    check_model(model)
+    names = as_names("modules_to_save", names or ())
     inside: list[str] = []
     paths = []
     for path, module in model.named_modules():
@@ -265,7 +314,7 @@ def match_saved(
                 f"modules_to_save: {path!r} carries adapters already; a module cannot be trained whole "
                 "beside them. Nothing was changed"
             )
-        if any(not p.is_floating_point() for p in original.parameters()):
+        if any(p.dtype not in DENSE_DTYPES for p in original.parameters()):
             raise UnsupportedError(
                 f"modules_to_save: {path!r} holds quantised weights, which cannot be trained. "
                 "Nothing was changed"

@@ -8,6 +8,7 @@ Parameter names are PEFT's: `base_layer.weight`, `lora_A.<adapter>.weight`, and
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,43 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.errors import AdapterStateError, NonFiniteError
-from pyfast.nn.weight import DenseWeight, Weight, weight_of
+from pyfast.nn.weight import DenseWeight, NF4Weight, Weight, weight_of
+
+_SWITCHING = threading.Lock()
 
 
-class AdapterLayer(nn.Module):
+class Switchable(nn.Module):
+    """Which adapters of a module are active, and whether adapters take part at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: list[str] = []
+        self._disabled = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether no `disable` waits for its `enable`."""
+        return self._disabled == 0
+
+    def disable(self) -> None:
+        """Leave the adapters out until `enable` was called as often as this."""
+        with _SWITCHING:
+            if self._disabled == 0:
+                self._switch()
+            self._disabled += 1
+
+    def enable(self) -> None:
+        """Undo one `disable`."""
+        with _SWITCHING:
+            if self._disabled == 1:
+                self._switch()
+            self._disabled -= 1
+
+    def _switch(self) -> None:
+        """What changes with the first `disable` and changes back with the last `enable`."""
+
+
+class AdapterLayer(Switchable):
     """A base layer with adapters; a method's subclass holds the parameters and the forward.
 
     A subclass names its containers (ModuleDict or ParameterDict, keyed by adapter) in `containers` and
@@ -30,11 +64,10 @@ class AdapterLayer(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.active: list[str] = []
-        self.enabled = True
         self.merged: list[str] = []
-        # In a list: a module or parameter held as an attribute would be registered and saved.
-        self._replaced: list[nn.Module | nn.Parameter] = []
+        # What merging (or, while disabled, its undoing) took out of its place. In a list: a module or
+        # parameter held as an attribute would be registered and saved.
+        self._aside: list[nn.Module | nn.Parameter] = []
 
     @property
     def base_weight(self) -> Weight:
@@ -46,6 +79,12 @@ class AdapterLayer(nn.Module):
                 "replaced its forward: remove them first"
             )
         return weight
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen weight is quantised; merging makes no difference."""
+        held = [self.base_layer, *self._aside]
+        return any(isinstance(m, nn.Module) and isinstance(weight_of(m), NF4Weight) for m in held)
 
     @property
     def weight(self) -> Tensor:
@@ -123,23 +162,31 @@ class AdapterLayer(nn.Module):
         if isinstance(weight, DenseWeight):
             target: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
             stored = dense if weight.tensor is target else dense.t()
-            self._replaced = [target]
+            self._aside = [target]
             self.base_layer.weight = nn.Parameter(stored.contiguous(), target.requires_grad)
         else:
-            self._replaced = [self.base_layer]
+            self._aside = [self.base_layer]
             self.base_layer = dense_linear(weight, dense)
         self.merged = list(names)
 
     def unmerge(self) -> None:
         """Put the weight back that `merge` replaced, where the model lies now."""
-        old = self._replaced.pop()
+        self._exchange()
+        self._aside, self.merged = [], []
+
+    def _switch(self) -> None:
+        if self.merged:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Swap the weight in place and the one set aside; nothing is computed, so both stay exact."""
+        other = self._aside[0]
         now: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
-        if isinstance(old, nn.Module):
-            self.base_layer = old.to(now.device)
+        if isinstance(other, nn.Module):
+            self._aside[0], self.base_layer = self.base_layer, other.to(now.device)
         else:
-            old.data = old.data.to(now.device, now.dtype)
-            self.base_layer.weight = old
-        self.merged = []
+            other.data = other.data.to(now.device, now.dtype)
+            self._aside[0], self.base_layer.weight = now, other
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -163,15 +210,13 @@ def dense_linear(weight: Weight, matrix: Tensor) -> nn.Linear:
     return layer
 
 
-class SavedModule(nn.Module):
+class SavedModule(Switchable):
     """A module trained whole beside the adapters (`modules_to_save`): the original and copies by name."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
-        self.active: list[str] = []
-        self.enabled = True
 
     def add(self, name: str) -> None:
         """Add a trainable copy of the original under an adapter's name."""

@@ -158,6 +158,7 @@ class NF4Weight(Weight):
         return y if self.compute_dtype is None else y.to(x.dtype)
 
 
+DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Format = Callable[[nn.Module], "Weight | None"]
 _formats: dict[str, Format] = {}
 
@@ -189,7 +190,7 @@ def weight_of(module: nn.Module) -> Weight | None:
 
 def _linear_view(module: nn.Module) -> Weight | None:
     weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+    if not isinstance(weight, Tensor) or weight.dtype not in DENSE_DTYPES or weight.ndim != 2:
         return None
     if type(weight) not in (Tensor, nn.Parameter):
         return None  # a quantised or sharded tensor subclass has its own rules

@@ -7,6 +7,7 @@ import shutil
 import struct
 import time
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ import pyfast
 from pyfast import LoraConfig
 from pyfast.errors import (
     AdapterMismatchError,
+    AdapterNotFoundError,
     AdapterStateError,
     ConfigError,
     NonFiniteError,
@@ -174,7 +176,8 @@ VALUES = [
     (ConfigError, {"r": 8.0}, "r=8.0 is not of type int"),
     (ConfigError, {"r": True}, "r=True is not of type int"),
     (ConfigError, {"r": -1}, "must be an integer of at least 1"),
-    (AdapterMismatchError, {"r": 10**12}, "has shape [2, 64], [1000000000000, 64] is needed"),
+    (ConfigError, {"r": 10**12}, "must be an integer of at least 1 and at most 65536"),
+    (AdapterMismatchError, {"r": 65536}, "has shape [2, 64], [65536, 64] is needed"),
     (ConfigError, {"lora_alpha": 0}, "must be a number other than 0"),
     (ConfigError, {"lora_alpha": float("nan")}, "must be a number other than 0"),
     (ConfigError, {"lora_alpha": 1e30}, "must be a number other than 0"),
@@ -233,15 +236,27 @@ def test_harmless_values_are_accepted(base, copied):
 
 def test_missing_files(base, copied):
     (copied / WEIGHTS).unlink()
-    assert f"{WEIGHTS} is missing" in refused(base, copied, FileNotFoundError)
+    assert refused(base, copied, AdapterNotFoundError) == (
+        f"[PF019] {copied / WEIGHTS} is missing; pass a folder that holds {CONFIG} and {WEIGHTS}, as "
+        "save_adapter and PEFT write them. Nothing was changed"
+    )
     (copied / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert refused(base, copied, UnsafeFileError) == (
         f"[PF014] '{copied / 'adapter_model.bin'}' is a Python pickle and can run code when read; "
         "pyfast does not open it. Fix, on a machine you trust: pyfast convert"
     )
     (copied / CONFIG).unlink()
-    assert f"{CONFIG} is missing" in refused(base, copied, FileNotFoundError)
-    refused(base, copied / "nowhere", FileNotFoundError)
+    assert f"{CONFIG} is missing" in refused(base, copied, AdapterNotFoundError)
+    for missing in (copied / "nowhere", copied / WEIGHTS):
+        # FileNotFoundError by its meaning, ValueError because PEFT raises that.
+        for error in (AdapterNotFoundError, FileNotFoundError, ValueError):
+            assert refused(base, missing, error) == (
+                f"[PF019] there is no adapter directory {str(missing)!r}; pass the folder that "
+                "save_adapter or PEFT wrote, or fetch one first with "
+                "huggingface_hub.snapshot_download. Nothing was changed"
+            )
+    with pytest.raises(ValueError, match="Can't find"):
+        peft.PeftModel.from_pretrained(llama(), copied / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +342,7 @@ def test_mutated_adapters(good, tmp_path):
         start = time.monotonic()
         try:
             pyfast.load_adapter(model, tmp_path)
-        except (PyfastError, FileNotFoundError) as error:
+        except PyfastError as error:
             outcome = type(error).__name__
         else:
             outcome = "accepted"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter files both ways: PEFT reads ours, we read PEFT's, keys and logits equal."""
 
+import contextlib
 import json
 
 import peft
@@ -52,7 +53,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_peft_loads_ours(case, tmp_path):
     make, options = CASES[case]
-    model = randomise(pyfast.apply(make(), LoraConfig(**options)))
+    with pytest.warns(match="'lm_head'") if case == "gpt2 saved" else contextlib.nullcontext():
+        model = randomise(pyfast.apply(make(), LoraConfig(**options)))
     pyfast.save_adapter(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter_config.json",

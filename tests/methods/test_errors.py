@@ -79,7 +79,12 @@ def test_target_texts():
         "[PF001] '(q_proj' is not a regular expression: missing )"
     )
     assert "is not a regular expression" in text(target_modules="(" * 20000)
-    assert "matches no linear module" in text(layers_to_transform=[7])
+    for layers in (7, [7], [0, 7], range(1, 8, 6), [1, -1]):
+        missing = -1 if layers == [1, -1] else 7
+        assert text(layers_to_transform=layers) == (
+            f"[PF001] layers_to_transform: there is no layer {missing}; the model has layers 0 to 1. "
+            "Nothing was changed"
+        )
 
 
 def test_unknown_model_needs_targets():
@@ -89,6 +94,10 @@ def test_unknown_model_needs_targets():
         "[PF001] Sequential has no default targets; set target_modules, for example "
         "target_modules='all-linear'. Nothing was changed"
     )
+    config = LoraConfig(target_modules=["a"], layers_to_transform=[0])
+    named = nn.ModuleDict({"a": nn.Linear(3, 3)})
+    message = refused(named, TargetModuleError, lambda: pyfast.apply(named, config))
+    assert "there is no layer 0; the model has no numbered layers" in message
     alone = nn.Linear(3, 3)
     config = LoraConfig(target_modules="all-linear")
     message = refused(alone, TargetModuleError, lambda: pyfast.apply(alone, config))
@@ -136,7 +145,27 @@ CONFIGS = [
     (ConfigError, {"r": 0}, "rank r=0 must be an integer of at least 1"),
     (ConfigError, {"r": 2.0}, "rank r=2.0 must be an integer of at least 1"),
     (ConfigError, {"r": True}, "rank r=True must be an integer of at least 1"),
+    (
+        ConfigError,
+        {"r": 10**12},
+        "rank r=1000000000000 must be an integer of at least 1 and at most 65536",
+    ),
     (ConfigError, {"rank_pattern": {"q_proj": -1}}, "rank q_proj=-1 must be"),
+    (ConfigError, {"rank_pattern": {"q_proj": 65537}}, "rank q_proj=65537 must be"),
+    (ConfigError, {"rank_pattern": None}, "rank_pattern=None must be a dict"),
+    (ConfigError, {"alpha_pattern": 3}, "alpha_pattern=3 must be a dict"),
+    (ConfigError, {"target_modules": 3}, "target_modules=3 must be a name or a list of names"),
+    (ConfigError, {"target_modules": [3]}, "target_modules=[3] must be a name or a list of names"),
+    (ConfigError, {"exclude_modules": 3}, "exclude_modules=3 must be a name or a list of names"),
+    (ConfigError, {"modules_to_save": 3}, "modules_to_save=3 must be a name or a list of names"),
+    (ConfigError, {"layers_to_transform": "1"}, "layers_to_transform='1' must be a layer index"),
+    (
+        ConfigError,
+        {"layers_to_transform": [1.0]},
+        "layers_to_transform=[1.0] must be a layer index",
+    ),
+    (ConfigError, {"layers_to_transform": 1, "layers_pattern": 3}, "layers_pattern=3 must be"),
+    (TargetModuleError, {"modules_to_save": "abc"}, "modules_to_save: 'abc' matches no module"),
     (ConfigError, {"lora_alpha": 0}, "lora_alpha=0 must be a number other than 0 of at most 1e+09"),
     (ConfigError, {"lora_alpha": float("nan")}, "lora_alpha=nan must be"),
     (ConfigError, {"lora_alpha": 1e30}, "lora_alpha=1e+30 must be"),
@@ -154,11 +183,13 @@ CONFIGS = [
 @pytest.mark.parametrize(("error", "options", "text"), CONFIGS)
 def test_values_out_of_range(error, options, text):
     model = llama()
-    assert text in refused(model, error, lambda: pyfast.apply(model, LoraConfig(**options)))
+    config = LoraConfig(**{"target_modules": ["q_proj"], **options})
+    assert text in refused(model, error, lambda: pyfast.apply(model, config))
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/x", "..", "a/b", "a.b", "a\\b", "a\0", "\u00e9", "x" * 65, "CON ", "a b"]
+    "name",
+    [None, 3, "", "/x", "..", "a/b", "a.b", "a\\b", "a\0", "\u00e9", "x" * 65, "CON ", "a b"],
 )
 def test_adapter_names(name):
     model = llama()
@@ -200,6 +231,9 @@ def test_states():
         "call pyfast.unmerge first"
     )
     pyfast.unmerge(model)
+    for names in (None, 3, [None], {"default": 1}):
+        message = refused(model, ConfigError, lambda n=names: pyfast.set_adapter(model, n))
+        assert f"set_adapter: names={names!r} must be a name or a list of names" in message
     pyfast.set_adapter(model, [])
     message = refused(model, AdapterStateError, lambda: pyfast.merge(model))
     assert message == "[PF017] no active adapter to merge; apply or load one first"
@@ -241,8 +275,14 @@ def test_quantize_errors():
     assert message == "[PF001] Sequential has no dense linear layer to quantise"
     quantised = pyfast.quantize(llama())
     refused(quantised, TargetModuleError, lambda: pyfast.quantize(quantised))
-    with pytest.raises(ValueError, match="blocksize"):
-        pyfast.quantize(llama(), blocksize=48)
+    model = llama()
+    for blocksize in (48, None, "64", 64.0, True, 10**30):
+        message = refused(
+            model, ConfigError, lambda b=blocksize: pyfast.quantize(model, blocksize=b)
+        )
+        assert f"quantize: blocksize={blocksize!r} must be one of (32, 64, 128," in message
+    message = refused(model, ConfigError, lambda: pyfast.quantize(model, skip_modules=3))
+    assert "skip_modules=3 must be a name or a list of names" in message
 
 
 def test_modules_to_save_errors():

@@ -33,7 +33,7 @@ def test_forward_is_the_formula():
     a, b = made.lora_A["default"].weight, made.lora_B["default"].weight
     expected = x @ made.weight.T + made.bias + 2.0 * (x @ a.T) @ b.T
     assert torch.allclose(made(x), expected, atol=1e-6)
-    made.enabled = False
+    made.disable()
     assert torch.equal(made(x), made.base_layer(x))
 
 
@@ -85,7 +85,7 @@ def test_saved_module_serves_copy_or_original():
     assert torch.equal(saved(x), saved.modules_to_save["a"](x))
     assert saved.weight is saved.modules_to_save["a"].weight
     assert saved.out_features == 2
-    saved.enabled = False
+    saved.disable()
     assert torch.equal(saved(x), saved.original_module(x))
     with pytest.raises(AttributeError):
         saved.nothing  # noqa: B018
