@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -25,20 +26,44 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+class _Parser(ArgumentParser):
+    """Takes flags by their whole names only, and tells an error without a page of usage before it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        hint = _nearest_flags(message, list(parser._option_string_actions))
+        sys.stderr.write(f"error: {message}{hint}\nAll options: {command} --help\n")
+        sys.exit(2)
+
+
+def _nearest_flags(message: str, flags: list[str]) -> str:
+    """A question that names what an unknown flag may have meant; empty where nothing is like it."""
+    unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
+    if not unknown or not unknown[0].startswith("--"):
+        return ""
+    near = [flag for flag in flags if flag.startswith(unknown[0])]
+    near = near or difflib.get_close_matches(unknown[0], flags, 1)
+    return f". Did you mean {' or '.join(near)}?" if near else ""
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="pyfast", description="Fine-tune transformer models.", version=__version__
     )
     commands = parser.add_subcommands(dest="command")
     about = "Fine-tune a model; with no argument, a small one on a small data set."
-    finetune = ArgumentParser(description=about)
+    finetune = _Parser(description=about)
     finetune.add_argument(
         "--config", action="config", help="YAML file with any of the settings below."
     )
     finetune.add_class_arguments(FinetuneConfig)
     subparsers = {"finetune": finetune}
     for name, function in _COMMANDS.items():
-        subparsers[name] = ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
+        subparsers[name] = _Parser(description=(function.__doc__ or "").splitlines()[0])
         subparsers[name].add_function_arguments(function)
     for name, subparser in subparsers.items():
         subparser.add_argument(
@@ -69,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _quiet()
     parser = _parser()
-    arguments = parser.instantiate(parser.parse_args(argv))
+    given = sys.argv[1:] if argv is None else list(argv)
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments = parser.instantiate(parser.parse_args(given))
     values = vars(arguments[arguments.command])
     debug = values.pop("debug")
     values.pop("config", None)

@@ -9,20 +9,23 @@ import pickle
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import pyfast
+from pyfast.cli.dense import is_quantized, load_dense, read_tensors
 from pyfast.errors import AdapterMismatchError, ConfigError, UnsafeFileError
-from pyfast.nn.nf4 import STATE_KEY, unpack_state
 from pyfast.train.config import RunOptions
-from pyfast.train.default_model import default_model_dir
+from pyfast.train.default_model import HUB_ID, default_model_dir, has_default_model
 from pyfast.train.metrics import say
-from pyfast.train.model import choose_place, load_pretrained, model_source, stream_answer
+from pyfast.train.model import choose_place, stream_answer
+from pyfast.train.pretrained import load_pretrained, model_source
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -52,7 +55,8 @@ def generate(
         max_new_tokens: Length at which an answer is cut.
         temperature: 0 takes the likeliest token each time, else tokens are drawn.
         seed: Decides what is drawn.
-        nf4: Quantise the base to NF4 first, as it was when a qlora adapter was trained.
+        nf4: Quantise the base to NF4 first, as it was when a qlora adapter was trained; a base that
+            is stored in 4 bits stays as it is.
         blocksize: Under nf4: weights that share one scale.
         nested: Under nf4: quantise the scales too.
         device: "auto" takes CUDA when there is one.
@@ -60,12 +64,14 @@ def generate(
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError("max_new_tokens must be at least 1 and temperature not negative.")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("the prompt is empty. Fix: --prompt 'a question'.")
     place = choose_place(RunOptions(device=device, dtype=dtype))
     network, tokenizer = load_pretrained(_base(model, adapter), place.dtype, place.device)
-    if nf4:
+    if nf4 and getattr(network.config, "quantization_config", None) is None:
         pyfast.quantize(network, blocksize=blocksize, nested=nested)
     if adapter is not None:
-        pyfast.load_adapter(network, adapter)
+        _load_adapter(network, adapter)
     torch.manual_seed(seed)
     if prompt is not None:
         stream_answer(network, tokenizer, prompt, max_new_tokens, temperature)
@@ -93,17 +99,18 @@ def merge(
         output: Directory to write; it must not exist.
         model: Base model; by default the one that the adapter names.
         dtype: Type of the merged weights. The sum is made in fp32 and rounded once.
-        nf4: Merge into the base's NF4-rounded weights, which a qlora adapter was trained on.
+        nf4: Merge into the base's NF4-rounded weights, which a qlora adapter was trained on; those of
+            a base that is stored in 4 bits are rounded already.
         blocksize: Under nf4: weights that share one scale.
         nested: Under nf4: quantise the scales too.
     """
     with _new_directory(output) as directory:
-        network, tokenizer = load_pretrained(
-            _base(model, adapter), torch.float32, torch.device("cpu")
-        )
-        if nf4:
+        base = _base(model, adapter)
+        rounded = is_quantized(base)
+        network, tokenizer = load_dense(base, torch.float32)
+        if nf4 and not rounded:
             pyfast.quantize(network, blocksize=blocksize, nested=nested)
-        pyfast.load_adapter(network, adapter)
+        _load_adapter(network, adapter, rounded)
         pyfast.merge(network, dtype=torch.float32)
         pyfast.unload(network)
         _save_dense(network, tokenizer, directory, _DTYPES[dtype])
@@ -175,6 +182,10 @@ def convert(
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"'{source}' does not exist.")
+    if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+        raise ConfigError(
+            f"'{source}' is neither a directory nor an adapter file (.safetensors, .bin)."
+        )
     adapter = (
         path
         if path.is_file()
@@ -184,13 +195,14 @@ def convert(
         if adapter is not None:
             _convert_adapter(adapter, directory, trust_pickle)
         else:
-            _convert_model(path, directory, _DTYPES[dtype])
+            network, tokenizer = load_dense(source, _DTYPES[dtype])
+            _save_dense(network, tokenizer, directory, _DTYPES[dtype])
     say(f"Converted {source} to {output}.")
 
 
 def _convert_adapter(file: Path, directory: Path, trust_pickle: bool) -> None:
     if file.suffix == ".safetensors":
-        tensors = load_file(file)
+        tensors = read_tensors(file)
     elif trust_pickle:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -217,70 +229,23 @@ def _convert_adapter(file: Path, directory: Path, trust_pickle: bool) -> None:
     save_file(copies, directory / _ADAPTER_FILES[0], metadata={"format": "pt"})
 
 
-def _convert_model(path: Path, directory: Path, dtype: torch.dtype) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"'{path}' holds neither an adapter nor a model: {reason}") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        network, tokenizer = load_pretrained(str(path), dtype, torch.device("cpu"))
-        _save_dense(network, tokenizer, directory, dtype)
-        return
-    if not quantization.get("load_in_4bit"):
-        kind = quantization.get("quant_method")
-        raise ConfigError(
-            f"'{path}' is quantised by {kind}; only bitsandbytes' 4-bit form can be converted."
-        )
-    del config.quantization_config
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        tensors |= load_file(file)
-    network.load_state_dict(_dense_tensors(tensors, network, dtype), strict=False, assign=True)
-    network.tie_weights()
-    lacking = [name for name, parameter in network.named_parameters() if parameter.is_meta]
-    if lacking:
-        raise AdapterMismatchError(
-            f"'{path}' lacks {len(lacking)} weights of {type(network).__name__} (first: {lacking[0]}). "
-            "Nothing was written."
-        )
-    _save_dense(network, AutoTokenizer.from_pretrained(path), directory, dtype)
-
-
-def _dense_tensors(
-    tensors: dict[str, torch.Tensor], network: Any, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """A state dict with every NF4 weight dequantised."""
-    dense = {}
-    mark = f".weight.{STATE_KEY}"
-    for layer in [name.removesuffix(mark) for name in tensors if name.endswith(mark)]:
-        start = f"{layer}.weight."
-        parts = {
-            name.removeprefix(start): tensors.pop(name)
-            for name in list(tensors)
-            if name.startswith(start)
-        }
-        weight = unpack_state(tensors.pop(f"{layer}.weight"), parts, module=layer).dense()
-        # transformers' Conv1D keeps its weight as [in, out]; the 4-bit form is always [out, in].
-        transposed = type(network.get_submodule(layer)).__name__ == "Conv1D"
-        dense[f"{layer}.weight"] = weight.t().contiguous() if transposed else weight
-    dense |= tensors
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in dense.items()
-    }
-
-
 def _save_dense(network: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:
     network.to(dtype)
     network.config.dtype = dtype
     network.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _load_adapter(network: torch.nn.Module, adapter: str, rounded: bool = False) -> None:
+    """Load an adapter; `rounded` says that dense weights hold NF4 values, as they did in its training."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pyfast.load_adapter(network, adapter)
+    for text in [str(warning.message) for warning in caught]:
+        if "trained on an NF4 base" not in text:
+            sys.stderr.write(f"Note: {text}\n")
+        elif not rounded:
+            sys.stderr.write(f"Note: {adapter} was trained on an NF4 base. Fix: --nf4 true\n")
 
 
 def _base(model: str | None, adapter: str | None) -> str:
@@ -291,8 +256,10 @@ def _base(model: str | None, adapter: str | None) -> str:
         return model_source("default")
     file = Path(adapter) / "adapter_config.json"
     if not file.is_file():
+        inner = Path(adapter) / "adapter"
+        fix = f" Fix: --adapter {inner}" if (inner / file.name).is_file() else ""
         raise ConfigError(
-            f"'{adapter}' is not an adapter directory: it has no adapter_config.json."
+            f"'{adapter}' is not an adapter directory: it has no adapter_config.json.{fix}"
         )
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -300,10 +267,9 @@ def _base(model: str | None, adapter: str | None) -> str:
         raise ConfigError(f"'{file}' cannot be read: {error}.") from error
     if not name:
         raise ConfigError(f"'{file}' does not name its base model. Fix: --model DIR.")
-    # An adapter of the default model that was trained on another machine names that machine's cache.
-    default = default_model_dir
-    if not Path(name).exists() and Path(name).name.startswith("SmolLM2-135M-Instruct-"):
-        return str(default())
+    if name == HUB_ID and has_default_model():
+        sys.stderr.write(f"Base: the default model (--model {HUB_ID} takes the hub's).\n")
+        return str(default_model_dir())
     return str(name)
 
 
@@ -313,6 +279,7 @@ def _new_directory(output: str) -> Iterator[Path]:
     target = Path(output)
     if target.exists():
         raise ConfigError(f"output '{output}' exists already. Fix: another --output.")
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -322,7 +289,11 @@ def _new_directory(output: str) -> Iterator[Path]:
             inner.mkdir()
             yield inner
             inner.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, pyfast.PyfastError):
             raise
         raise ConfigError(f"output '{output}' cannot be written: {error}.") from error
+    finally:
+        for parent in made if not target.exists() else ():
+            with contextlib.suppress(OSError):
+                parent.rmdir()

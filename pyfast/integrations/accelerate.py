@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyfast.integrations.bitsandbytes import unsupported_reason, view_linear4bit
-from pyfast.methods.base import adapted_modules
+from pyfast.methods.base import adapted_modules, check_model
 from pyfast.nn import AdapterLayer, NF4Linear, weight_of
 from pyfast.nn.adapter_layer import has_hooks
 
@@ -70,7 +70,11 @@ def accelerate(model: nn.Module) -> Report:
 
     Returns:
         A report with one row for each linear module.
+
+    Raises:
+        ConfigError: `model` is not a module.
     """
+    check_model(model)
     report = Report()
     lora_layer: Any = sys.modules.get("peft.tuners.lora.layer")
     bnb: Any = sys.modules.get("bitsandbytes.nn.modules")

@@ -143,7 +143,8 @@ class FinetuneConfig:
     Attributes:
         model: "default" (SmolLM2-135M-Instruct), a model directory, or a name on the Hugging Face hub.
         method: "lora", "qlora" (4-bit frozen weights) or "sft" (all weights).
-        data: "default", or JSONL files of {"input", "output"}, {"prompt", "completion"} or {"messages"}.
+        data: "default", or JSONL of {"input", "output"}, {"prompt", "completion"} or {"messages"} records:
+            a file, or a list as '[a.jsonl, b.jsonl]'.
         output_dir: Where everything is written; by default a new directory under outputs/.
         resume: Go on from the newest checkpoint in `output_dir`.
     """

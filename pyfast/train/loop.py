@@ -31,6 +31,8 @@ from pyfast.train.run import (
     Result,
     Samples,
     StopSignals,
+    check_length,
+    check_output,
     describe,
     finish,
     prepare_output,
@@ -54,7 +56,7 @@ def finetune(config: FinetuneConfig) -> Result:
     """
     validate(config)
     place = choose_place(config.run)
-    output = prepare_output(config)
+    output = check_output(config)
     config = replace(config, output_dir=str(output))
     checkpoint = ckpt.load(output / "checkpoints") if config.resume else None
     seed_everything(config.run.seed)
@@ -71,6 +73,7 @@ def finetune(config: FinetuneConfig) -> Result:
     describe(config, place, model, parameters, data, trainer.total)
     if checkpoint:
         trainer.resume(checkpoint)
+    prepare_output(config, output)  # from here on a run leaves something behind
     samples = Samples(config.run.samples, data, output)
     progress = trainer.progress
     with (
@@ -247,6 +250,7 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on exactly where the checkpoint was written."""
+        check_length(checkpoint, self.config, self.model)
         ckpt.check_settings(checkpoint, self.settings)
         ckpt.restore(checkpoint, self.parameters, self.optimizer, with_parameters=not self.full)
         self.progress = checkpoint.progress

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model with its tokenizer, choose where and in what it computes, put the method on it."""
+"""Choose where and in what a model computes, put the method on it, ask it, write it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import pyfast
-from pyfast.errors import ConfigError, NoGradientError, UnsupportedError
+from pyfast.errors import ConfigError, NoGradientError
 from pyfast.train.config import FinetuneConfig, RunOptions
-from pyfast.train.default_model import default_model_dir
+from pyfast.train.default_model import HUB_ID
+from pyfast.train.pretrained import load_pretrained, model_source
 
 
 @dataclass(frozen=True)
@@ -62,38 +63,6 @@ def _cpu_flags() -> set[str]:
     return {name for name, present in torch.cpu.get_capabilities().items() if present is True}
 
 
-def model_source(name: str) -> str:
-    """What `from_pretrained` takes for a model name of the configuration."""
-    return str(default_model_dir()) if name == "default" else name
-
-
-def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer; code that comes with a model is never run.
-
-    Raises:
-        ConfigError: There is no such model.
-        UnsupportedError: The model is an encoder-decoder.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.is_encoder_decoder:
-            raise UnsupportedError(
-                f"'{source}' is an encoder-decoder ({config.model_type}); this command trains decoders only."
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device})
-    except (OSError, ValueError) as error:
-        if isinstance(error, pyfast.errors.PyfastError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"cannot load the model '{source}': {reason}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
-
-
 def prepare_model(
     config: FinetuneConfig, place: Place, weights: Path | None = None
 ) -> tuple[Any, Any]:
@@ -120,6 +89,9 @@ def prepare_model(
             lora_dropout=options.dropout,
             target_modules=options.targets,
             use_rslora=options.rslora,
+            task_type="CAUSAL_LM",
+            # Not the path that the default model has on this machine: PEFT loads it from the hub.
+            base_model_name_or_path=HUB_ID if config.model == "default" else config.model,
         )
         pyfast.apply(model, lora)
     if config.run.activation_checkpointing:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -133,17 +134,27 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of each line that is not empty."""
     from datasets import load_dataset  # type: ignore[import-untyped]
 
-    # latin-1 maps every byte to one character, so that a bad UTF-8 sequence is found in its own line
-    # and not reported for a whole block of the file.
-    lines = load_dataset(
-        "text", data_files=[file], split="train", streaming=True, encoding="latin-1"
-    )
-    for number, row in enumerate(lines, start=1):
-        raw = row["text"].encode("latin-1")
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-        if raw.strip():
-            yield number, raw
+    number = 0
+    try:
+        # latin-1 maps every byte to one character, so that a bad UTF-8 sequence is found in its own
+        # line and not reported for a whole block of the file.
+        lines = load_dataset(
+            "text", data_files=[file], split="train", streaming=True, encoding="latin-1"
+        )
+        for number, row in enumerate(lines, start=1):
+            raw = row["text"].encode("latin-1")
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.strip():
+                yield number, raw
+    except Exception as error:  # each compression library has errors of its own
+        ending = Path(file).suffix
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise DataError(
+            f"{file} line {number + 1:,}: from about here on the file cannot be read as its ending "
+            f"'{ending}' says ({type(error).__name__}: {reason}). "
+            "Fix: write the file again, plain as .jsonl or whole as .gz, .bz2, .xz or .zip."
+        ) from error
 
 
 def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Record]:
@@ -157,6 +168,11 @@ def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Rec
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 20) : error.pos + 20]
         raise _Bad(error.pos + 1, f"invalid JSON ({error.msg}): ...{near!r}...") from None
+    except ValueError:  # Python reads an integer of at most so many digits
+        limit = sys.get_int_max_str_digits()
+        found = re.search(rf"\d{{{limit + 1},}}", text)
+        column = found.start() + 1 if found else 1
+        raise _Bad(column, f"an integer has more than {limit:,} digits.") from None
     except RecursionError:
         raise _Bad(1, "JSON is nested too deeply.") from None
     if not isinstance(value, dict):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shlex
 import shutil
@@ -19,12 +20,13 @@ import numpy as np
 import torch
 import yaml
 
-from pyfast.errors import ConfigError
+from pyfast.errors import ConfigError, ResumeError
 from pyfast.train import checkpoint as ckpt
 from pyfast.train import default_data
-from pyfast.train.checkpoint import Progress
+from pyfast.train.checkpoint import Checkpoint, Progress
 from pyfast.train.config import FinetuneConfig, to_dict
 from pyfast.train.data import Data
+from pyfast.train.default_model import NAME
 from pyfast.train.metrics import plot_losses, say
 from pyfast.train.model import Place, answer, write_weights
 
@@ -55,18 +57,15 @@ class Result:
     samples: list[dict[str, str]]
 
 
-def prepare_output(config: FinetuneConfig) -> Path:
-    """The directory of the run, with its config.yaml; a directory that holds a run is not overwritten.
+def check_output(config: FinetuneConfig) -> Path:
+    """The directory of the run, which can be written and holds no other run; nothing is written yet.
 
     Raises:
         ConfigError: The directory is in use and `resume` is off, or it cannot be written.
     """
-    name = Path(config.model).name or "model"
-    output = Path(
-        config.output_dir or f"outputs/{name}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    checkpoints = output / "checkpoints"
-    latest = ckpt.read_latest(checkpoints)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    output = Path(config.output_dir or f"outputs/{_model_name(config)}-{config.method}-{stamp}")
+    latest = ckpt.read_latest(output / "checkpoints")
     if latest and not config.resume:
         raise ConfigError(
             f"output_dir '{output}' already holds a run (newest checkpoint: {latest}). "
@@ -74,10 +73,26 @@ def prepare_output(config: FinetuneConfig) -> Path:
         )
     if config.resume and not output.is_dir():
         raise ConfigError(f"output_dir '{output}' does not exist, so there is nothing to resume.")
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is no directory" if not existing.is_dir() else "is not yours to write in"
+        raise ConfigError(
+            f"output_dir '{output}' cannot be written: '{existing}' {reason}. "
+            "Fix: another --output_dir."
+        )
+    return output
+
+
+def prepare_output(config: FinetuneConfig, output: Path) -> None:
+    """Make the directory of a run that was checked in full, with its config.yaml.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if checkpoints.exists():
-            ckpt.clean(checkpoints)
+        if (output / "checkpoints").exists():
+            ckpt.clean(output / "checkpoints")
         if not config.resume:  # a run that ended before its first checkpoint may have left these
             for stale in ("metrics.jsonl", "samples.json"):
                 (output / stale).unlink(missing_ok=True)
@@ -90,7 +105,10 @@ def prepare_output(config: FinetuneConfig) -> Path:
             (output / "DATA_LICENSE.txt").write_text(default_data.LICENSE, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output_dir '{output}' cannot be written: {error}.") from error
-    return output
+
+
+def _model_name(config: FinetuneConfig) -> str:
+    return NAME if config.model == "default" else Path(config.model).name or "model"
 
 
 def seed_everything(seed: int) -> None:
@@ -131,7 +149,7 @@ def describe(
 ) -> None:
     """Say what is about to be trained on what."""
     count = sum(parameter.numel() for parameter in parameters.values())
-    name = "SmolLM2-135M-Instruct (the default)" if config.model == "default" else config.model
+    name = f"{NAME} (the default)" if config.model == "default" else config.model
     say(f"Model: {name}, {type(model).__name__}, on {place}")
     say(f"Method: {config.method}, {count:,} trainable parameters in {len(parameters)} tensors")
     source = ", ".join(config.data_files) or f"{default_data.PACKAGE} (the default, BSD-3-Clause)"
@@ -204,6 +222,44 @@ def resume_command(output: Path) -> str:
     return f"pyfast finetune --config {shlex.quote(str(output / 'config.yaml'))} --resume true"
 
 
+def check_length(checkpoint: Checkpoint, config: FinetuneConfig, model: Any) -> None:
+    """Refuse to resume a run with another length: its learning rate was scheduled over the first one.
+
+    Raises:
+        ResumeError: `steps` or `epochs` differ; the message says how to train on.
+    """
+    saved = checkpoint.values["settings"]
+    before, now = (
+        f"run.steps {steps}" if steps else f"run.epochs {epochs:g}"
+        for steps, epochs in (
+            (saved["run.steps"], saved["run.epochs"]),
+            (config.run.steps, config.run.epochs),
+        )
+    )
+    if before == now:
+        return
+    if config.method == "sft":
+        onward = f"pyfast finetune --model {checkpoint.path / 'model'}"
+    else:
+        flags = _weights_flags(config, model, checkpoint.path / "adapter")
+        onward = f"pyfast merge {flags} --output MERGED, then pyfast finetune --model MERGED"
+    raise ResumeError(
+        f"checkpoint '{checkpoint.path}' belongs to a run of {before}, this asks for {now}; the learning "
+        "rate is scheduled over the whole run, so its length stays as it is. "
+        f"Fix: {before} again, or a new run that goes on from these weights: {onward}"
+    )
+
+
+def _weights_flags(config: FinetuneConfig, model: Any, weights: Path) -> str:
+    """Flags of `generate` and `merge` that name the weights of a run, and the base they belong to."""
+    stored = getattr(model.config, "quantization_config", None) is not None
+    flags = f"{'--model' if config.method == 'sft' else '--adapter'} {shlex.quote(str(weights))}"
+    if config.method == "qlora" and not stored:
+        nested = str(config.quant.nested).lower()
+        flags += f" --nf4 true --blocksize {config.quant.blocksize} --nested {nested}"
+    return flags
+
+
 class Samples:
     """Answers to a few held-out questions before and after training, kept in samples.json."""
 
@@ -255,8 +311,7 @@ def finish(
     (temporary / kind).rename(weights)
     temporary.rmdir()
     curve = output / "loss_curve.png"
-    name = "SmolLM2-135M-Instruct" if config.model == "default" else Path(config.model).name
-    plot_losses(output / "metrics.jsonl", curve, f"{name}, {config.method}")
+    plot_losses(output / "metrics.jsonl", curve, f"{_model_name(config)}, {config.method}")
     result = Result(
         output,
         weights,
@@ -277,14 +332,9 @@ def finish(
     say(
         f"{kind.capitalize()}:  {weights}\nLoss curve: {curve}\nTensorBoard: tensorboard --logdir {output}"
     )
-    option = "--model" if kind == "model" else "--adapter"
-    where = f"{option} {shlex.quote(str(weights))}"
-    nf4 = ""
-    if config.method == "qlora":
-        nested = str(config.quant.nested).lower()
-        nf4 = f" --nf4 true --blocksize {config.quant.blocksize} --nested {nested}"
-    say(f"\nAsk it:    pyfast generate {where}{nf4} --prompt '...'")
+    flags = _weights_flags(config, model, weights)
+    say(f"\nAsk it:    pyfast generate {flags} --prompt '...'")
     if kind == "adapter":
         merged = shlex.quote(str(output / "merged"))
-        say(f"Merge it:  pyfast merge {where}{nf4} --output {merged}")
+        say(f"Merge it:  pyfast merge {flags} --output {merged}")
     return result

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from pyfast.train import FinetuneConfig
 from pyfast.train.config import AdapterOptions, DatasetOptions, RunOptions
+from tests.models import llama
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -52,19 +52,9 @@ def byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random two-layer Llama with a byte tokenizer."""
     directory = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=272,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=257,
-        bos_token_id=None,
-        pad_token_id=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64}
+    ends = {"eos_token_id": 257, "bos_token_id": None, "pad_token_id": 256}
+    llama(seed=7, max_position_embeddings=2048, **sizes, **ends).save_pretrained(directory)
     _byte_tokenizer().save_pretrained(directory)
     return directory
 

@@ -82,7 +82,8 @@ def test_model_is_converted_once_and_answers(
 ) -> None:
     import torch
 
-    from pyfast.train.model import answer, load_pretrained
+    from pyfast.train.model import answer
+    from pyfast.train.pretrained import load_pretrained
 
     monkeypatch.setenv("PYFAST_CACHE", str(tmp_path))
     directory = default_model.default_model_dir()

@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pyfast.cli import main
 from pyfast.errors import (
     CheckpointCorruptError,
     ConfigError,
     EmptyTargetError,
     NoGradientError,
     NonFiniteError,
+    PyfastError,
     ResumeError,
 )
 from pyfast.train import finetune
 from pyfast.train import loop as loop_module
-from pyfast.train.config import FinetuneConfig, ScheduleOptions
+from pyfast.train.config import (
+    AdapterOptions,
+    DatasetOptions,
+    FinetuneConfig,
+    ScheduleOptions,
+)
 from pyfast.train.data import load_data
 from pyfast.train.loop import Trainer, learning_rate
 from pyfast.train.model import choose_place, prepare_model, trainable_parameters
@@ -166,6 +176,83 @@ def test_resume_refuses_another_run(make_config: Any, tmp_path: Path, data_file:
     assert same(before, weights(output))
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "sft"])
+def test_run_of_another_length_is_refused_with_the_way_on(
+    make_config: Any, tmp_path: Path, method: str
+) -> None:
+    """The way on works: the commands of the message train further."""
+    config = make_config(method=method, steps=2)
+    output = finetune(config).output_dir
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    config.resume = True
+    config.run.steps = 4
+    with pytest.raises(ResumeError) as caught:
+        finetune(config)
+    text = str(caught.value)
+    assert "belongs to a run of run.steps 2, this asks for run.steps 4;" in text
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    onward = text.partition("from these weights: ")[2]
+    model = str(tmp_path / "merged")
+    if method == "sft":
+        model = onward.removeprefix("pyfast finetune --model ")
+    else:
+        merge = onward.partition(", then")[0].replace("MERGED", model)
+        assert main(shlex.split(merge)[1:]) == 0
+        assert onward.endswith("then pyfast finetune --model MERGED")
+    assert finetune(make_config(model=model, output_dir=str(tmp_path / "more"))).steps == 6
+    with pytest.raises(ResumeError, match=r"run\.steps 2, this asks for run\.epochs 3;"):
+        finetune(replace(config, run=replace(config.run, steps=None, epochs=3)))
+
+
+def test_resume_of_a_finished_run_changes_no_weight(make_config: Any) -> None:
+    config = make_config(steps=2)
+    first = finetune(config)
+    before = weights(first.output_dir)
+    again = finetune(replace(config, resume=True))
+    assert again.steps == 2
+    assert again.eval_loss == first.eval_loss
+    assert same(before, weights(again.output_dir))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "{here}/nothing"},
+        {"data": "{here}/bad.jsonl"},
+        {"data": "{here}/few.jsonl"},
+        {"data": "{here}/nothing.jsonl"},
+        {"dataset": DatasetOptions(max_length=2)},
+        {"adapter": AdapterOptions(targets=["no_such_layer"])},
+        {"device": "tpu"},
+        {"steps": 0},
+        {"output_dir": "{here}/few.jsonl/below"},
+    ],
+    ids=str,
+)
+def test_run_that_fails_before_its_first_step_leaves_nothing(
+    make_config: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    before = sorted(tmp_path.iterdir())
+    changes = {
+        name: value.format(here=tmp_path) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(PyfastError):
+        finetune(make_config(**{"output_dir": str(tmp_path / "new" / "out"), **changes}))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_directory_that_cannot_be_written_is_told_first(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=f"'{tmp_path}' is not yours to write in"):
+        finetune(make_config(model="nothing"))
+
+
 def test_resume_names_a_damaged_checkpoint(make_config: Any) -> None:
     config = make_config(steps=2)
     finetune(config)
@@ -281,7 +368,7 @@ def test_nothing_trainable(make_config: Any) -> None:
 
 
 def test_model_that_does_not_exist(make_config: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot load the model"):
+    with pytest.raises(ConfigError, match="neither a directory here"):
         finetune(make_config(model=str(tmp_path / "nothing")))
 
 

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,10 +53,48 @@ def test_bytes_survive_unchanged(tmp_path: Path) -> None:
     assert [record.line for record in records] == [1, 2]
 
 
-def test_compressed_file(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl.gz"
-    file.write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n'))
-    assert read_records([str(file)], DatasetOptions()).records[0].prompt == "p"
+PLAIN = b"".join(
+    b'{"prompt": "p%d", "completion": "%d"}\n' % (i, random.Random(i).getrandbits(300))
+    for i in range(500)
+)
+DAMAGED = {
+    "text.gz": PLAIN,
+    "torn.gz": gzip.compress(PLAIN)[:-4000],
+    "flipped.gz": gzip.compress(PLAIN)[:-8] + b"checksum",
+    "text.bz2": PLAIN,
+    "torn.bz2": bz2.compress(PLAIN)[:-4000],
+    "text.xz": PLAIN,
+    "torn.xz": lzma.compress(PLAIN)[:-4000],
+    "text.zip": PLAIN,
+    "text.zst": PLAIN,
+    "text.tar": PLAIN,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("on_bad_record", ["raise", "skip"])
+def test_file_that_is_not_what_its_ending_says(
+    tmp_path: Path, name: str, on_bad_record: Any
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(DAMAGED[name])
+    with pytest.raises(DataError) as caught:
+        read_records([str(file)], DatasetOptions(on_bad_record=on_bad_record))
+    text = str(caught.value)
+    assert re.search(rf"{re.escape(str(file))} line [\d,]+: ", text)
+    assert f"its ending '{file.suffix}' says" in text
+    assert "Fix: write the file again" in text
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_compressed_files_are_read_by_their_ending(
+    tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]
+) -> None:
+    file = tmp_path / f"a.jsonl.{ending}"
+    file.write_bytes(pack(PLAIN))
+    assert len(read_records([str(file)], DatasetOptions()).records) == 500
 
 
 GOOD = '{"prompt": "p", "completion": "c"}'
@@ -66,6 +109,9 @@ BAD = [
     ('{"prompt": "\\ud800", "completion": "c"}', 2, "half of a surrogate pair"),
     (b'{"prompt": "\xc3\xa9\xff", "completion": "c"}', 14, "byte 0xff is not UTF-8"),
     ("[" * 100_000, 1, "nested too deeply"),
+    (f'{{"prompt": {"9" * 5000}, "completion": "c"}}', 12, "an integer has more than 4,300 digits"),
+    (f'{{"prompt": "p", "completion": "c", "n": {"9" * 5000}}}', 41, "more than 4,300 digits"),
+    (b'{"prompt": "\xed\xa0\x80", "completion": "c"}', 13, "byte 0xed is not UTF-8"),
 ]
 
 

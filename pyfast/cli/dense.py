@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model files of any stored form, dense or bitsandbytes 4-bit, read as a dense model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pyfast.errors import AdapterMismatchError, ConfigError
+from pyfast.nn.nf4 import STATE_KEY, unpack_state
+from pyfast.train.pretrained import load_pretrained
+
+
+def is_quantized(source: str) -> bool:
+    """Whether a model directory holds quantised weights."""
+    return _quantization(source) is not None
+
+
+def _quantization(source: str) -> dict[str, Any] | None:
+    file = Path(source) / "config.json"
+    if not file.is_file():  # a name on the hub, or an error that loading tells
+        return None
+    try:
+        return (
+            dict(json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {})
+            or None
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"'{file}' cannot be read: {error}.") from error
+
+
+def load_dense(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model with dense weights, and its tokenizer; 4-bit weights of a directory are dequantised.
+
+    Raises:
+        ConfigError: There is no such model, or it is quantised in another form.
+        AdapterMismatchError: Weights are missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    quantization = _quantization(source)
+    if quantization is None:
+        network, tokenizer = load_pretrained(source, dtype, torch.device("cpu"))
+        if getattr(network.config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"'{source}' is quantised, and only a directory can be made dense. "
+                "Fix: download it, and pyfast convert --source DIR."
+            )
+        return network, tokenizer
+    if not quantization.get("load_in_4bit"):
+        kind = quantization.get("quant_method")
+        raise ConfigError(
+            f"'{source}' is quantised by {kind}; only bitsandbytes' 4-bit form can be made dense."
+        )
+    config = AutoConfig.from_pretrained(source)
+    del config.quantization_config
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(source).glob("*.safetensors")):
+        tensors |= read_tensors(file)
+    network.load_state_dict(_dense_tensors(tensors, network, dtype), strict=False, assign=True)
+    network.tie_weights()
+    lacking = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise AdapterMismatchError(
+            f"'{source}' lacks {len(lacking)} weights of {type(network).__name__} (first: {lacking[0]}). "
+            "Nothing was written."
+        )
+    return network, AutoTokenizer.from_pretrained(source)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ConfigError(f"'{file}' is damaged ({error}). Fix: get it again.") from error
+
+
+def _dense_tensors(
+    tensors: dict[str, torch.Tensor], network: Any, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A state dict with every NF4 weight dequantised."""
+    dense = {}
+    mark = f".weight.{STATE_KEY}"
+    for layer in [name.removesuffix(mark) for name in tensors if name.endswith(mark)]:
+        start = f"{layer}.weight."
+        parts = {
+            name.removeprefix(start): tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith(start)
+        }
+        weight = unpack_state(tensors.pop(f"{layer}.weight"), parts, module=layer).dense()
+        # transformers' Conv1D keeps its weight as [in, out]; the 4-bit form is always [out, in].
+        transposed = type(network.get_submodule(layer)).__name__ == "Conv1D"
+        dense[f"{layer}.weight"] = weight.t().contiguous() if transposed else weight
+    dense |= tensors
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in dense.items()
+    }

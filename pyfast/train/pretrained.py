@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find and load a model with its tokenizer: the default one, a directory, or a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from pyfast.errors import ConfigError, PyfastError, UnsupportedError
+from pyfast.train.default_model import default_model_dir
+
+_HUB_SECONDS = 5.0
+_FIX = "Fix: the path of a model directory, or --model default."
+
+
+def model_source(name: str) -> str:
+    """What `from_pretrained` takes for a model name of the configuration."""
+    return str(default_model_dir()) if name == "default" else name
+
+
+def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer; code that comes with a model is never run.
+
+    Raises:
+        ConfigError: There is no such model, here or on the hub, or it cannot be read.
+        UnsupportedError: The model is an encoder-decoder.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = _locate(source)
+    only = {"local_files_only": Path(place).is_dir()}
+    try:
+        config = AutoConfig.from_pretrained(place, **only)
+        if config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"'{source}' is an encoder-decoder ({config.model_type}); this command trains decoders only."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(place, **only)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, device_map={"": device}, **only
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, PyfastError):
+            raise
+        raise ConfigError(f"cannot load the model '{source}': {_first_line(error)}.") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _locate(source: str) -> str:
+    """A model directory, in the hub's cache where the hub is out of reach, or a name that the hub has.
+
+    from_pretrained alone tries again and again for half a minute before it says that a name is wrong.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    path = Path(source)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return source
+        is_adapter = (path / "adapter_config.json").is_file()
+        fix = f"It is an adapter. Fix: --adapter {source}" if is_adapter else _FIX
+        raise ConfigError(f"'{source}' is not a model directory: it has no config.json. {fix}")
+    try:
+        HfApi().model_info(source, timeout=_HUB_SECONDS)
+        return source
+    except HFValidationError as error:
+        raise ConfigError(
+            f"the model '{source}' is neither a directory here nor a name on the Hugging Face hub "
+            f"(OWNER/NAME). {_FIX}"
+        ) from error
+    except Exception as error:  # out of reach: an error of whichever HTTP library is used
+        if isinstance(cached := try_to_load_from_cache(source, "config.json"), str):
+            return str(Path(cached).parent)
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        where = (
+            f"the Hugging Face hub has none of this name that is open to you (HTTP {status})"
+            if status in (401, 403, 404)
+            else f"the Hugging Face hub cannot be asked ({_first_line(error)})"
+        )
+        raise ConfigError(
+            f"the model '{source}' is no directory here, and {where}. {_FIX}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

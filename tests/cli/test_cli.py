@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`finetune` and `generate`, and how they tell a user's mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pyfast.train import default_model
+from pyfast.train.run import resume_command
+from tests.cli.conftest import SMALL, Run
+from tests.models import VOCAB
+
+
+def test_finetune_takes_flags_and_a_file(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"model: {base}\ndata: [{data}]\nmethod: qlora\nrun: {{steps: 2, batch_size: 3}}\n"
+    )
+    status, out, _ = run(
+        "finetune",
+        "--config",
+        file,
+        "--output_dir",
+        tmp_path / "out",
+        *SMALL,
+        "--optimizer.betas",
+        "[0.8,0.9]",
+    )
+    assert status == 0
+    assert "Method: qlora" in out
+    assert "training: 27 records" in out
+    assert "held out: 3 records" in out
+    saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert saved["run"]["batch_size"] == 4  # the flag wins over the file
+    assert saved["optimizer"]["betas"] == [0.8, 0.9]
+
+
+def test_resume_command_is_accepted(run: Run, trained: Path) -> None:
+    import shlex
+
+    arguments = shlex.split(resume_command(trained))
+    assert arguments[0] == "pyfast"
+    status, out, _ = run(*arguments[1:])
+    assert status == 0
+    assert "8 of 8 steps are done" in out
+
+
+def test_generate_uses_the_adapter(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        "generate",
+        "--adapter",
+        trained / "adapter",
+        "--dtype",
+        "fp32",
+        "--max_new_tokens",
+        5,
+    ]
+    status, out, _ = run(*arguments, "--prompt", "w3 w4")
+    assert status == 0
+    assert set(out.split()) <= {f"w{i}" for i in range(VOCAB - 2)}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w4\n\n"))
+    assert run(*arguments)[1] == out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["finetune", "--data", "no.jsonl", "--model", "{base}"],
+            "ConfigError [PF018] data file 'no.jsonl'",
+        ),
+        (["finetune", "--run.batch_size", "0"], "ConfigError [PF018] run.batch_size is 0"),
+        (["generate", "--adapter", "nowhere"], "'nowhere' is not an adapter directory"),
+        (["generate", "--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+        (["generate", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--model", "no/such"], "the Hugging Face hub cannot be asked"),
+        (["convert", "--source", "{base}/config.json", "--output", "new"], "nor an adapter file"),
+        (
+            ["merge", "--adapter", "a", "--output", "{base}"],
+            "exists already. Fix: another --output.",
+        ),
+        (["convert", "--source", "nowhere", "--output", "new"], "'nowhere' does not exist"),
+        (
+            ["quantize", "--model", "/nowhere", "--output", "new"],
+            "the model '/nowhere' is neither a directory here",
+        ),
+    ],
+)
+def test_user_error_is_one_sentence_and_status_2(
+    run: Run,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*(argument.format(base=base) for argument in arguments))
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    from pyfast.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        run("finetune", "--run.batch_size", "0", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("finetune --run.step 3", "--run.step 3. Did you mean --run.steps?"),
+        ("finetune --run.stepps=3", "--run.stepps=3. Did you mean --run.steps?"),
+        ("finetune --adapter.ra 3 --model x", "--adapter.ra 3. Did you mean --adapter.r?"),
+        ("generate --promp hi", "--promp hi. Did you mean --prompt?"),
+        ("merge --adapter a --outp b", "--outp b. Did you mean --output?"),
+        ("info --deb", "--deb. Did you mean --debug?"),
+        ("generate hello", "hello"),
+    ],
+)
+def test_unknown_or_shortened_flag_is_refused(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    hint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments.split())
+    command = arguments.split()[0]
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: unrecognized arguments: {hint}\nAll options: pyfast {command} --help\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_command_shows_them_all(run: Run) -> None:
+    status, _, err = run()
+    assert status == 2
+    for command in ("finetune", "generate", "merge", "quantize", "convert", "info"):
+        assert f"\n    {command} " in err
+
+
+def test_adapter_of_the_default_model_finds_it_on_any_machine(
+    run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one user trained, another generates with and merges, whose cache lies elsewhere."""
+    place = f"{default_model.NAME}-{default_model.VERSION}"
+    for user in ("one", "two"):
+        shutil.copytree(base, tmp_path / user / place)
+    monkeypatch.setenv("PYFAST_CACHE", str(tmp_path / "one"))
+    output = tmp_path / "out"
+    run("finetune", "--data", data, "--output_dir", output, "--run.steps", 2, *SMALL)
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert str(tmp_path) not in json.dumps(config)
+    shutil.rmtree(tmp_path / "one")
+    monkeypatch.setenv("PYFAST_CACHE", str(tmp_path / "two"))
+    adapter = ("--adapter", output / "adapter")
+    status, _, err = run("generate", *adapter, "--prompt", "w3 w4", "--max_new_tokens", 2)
+    assert (status, err.count("\n")) == (0, 1)
+    assert "Base: the default model" in err
+    assert run("merge", *adapter, "--output", tmp_path / "merged")[0] == 0
+
+
+def test_adapter_names_the_model_as_it_was_given(
+    run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    output = tmp_path / "out"
+    arguments = ["--model", base.name, "--data", data, "--output_dir", output, "--run.steps", 1]
+    assert run("finetune", *arguments, *SMALL)[0] == 0
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.name
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "quantize"])
+def test_failed_command_leaves_no_directory(run: Run, tmp_path: Path, command: str) -> None:
+    source = tmp_path / "damaged"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "damaged"}')
+    (source / "adapter_model.safetensors").write_bytes(b"no tensors")
+    option = {"merge": "--adapter", "convert": "--source", "quantize": "--model"}[command]
+    status, _, err = run(command, option, source, "--output", tmp_path / "a" / "b" / "c")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_ctrl_c_outside_the_loop(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyfast.cli
+
+    def interrupt() -> None:
+        """Stands for a command that is stopped while it loads."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(pyfast.cli._COMMANDS, "info", interrupt)
+    status, _, err = run("info")
+    assert (status, err) == (130, "Interrupted.\n")
+
+
+@pytest.mark.slow
+def test_module_entry_point() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyfast", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("pyfast ")

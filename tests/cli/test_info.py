@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import pyfast
+from pyfast import _extension
+from tests.cases import CASES
+from tests.cli.conftest import Run
+
+
+def kernels(out: str) -> dict[str, str]:
+    """What serves, by "op on device"."""
+    rows = re.findall(r"^  (\w+ on \w+)\s+(.*)$", out.partition("Kernels\n")[2], re.MULTILINE)
+    return dict(rows)
+
+
+def test_info_shows_every_part(run: Run) -> None:
+    status, out, _ = run("info")
+    assert status == 0
+    for title in ("Build", "Devices", "Libraries", "Support", "Kernels"):
+        assert f"{title}\n" in out
+    assert "Llama" in out
+
+
+def test_every_op_is_served_on_every_kind_of_device(run: Run) -> None:
+    rows = kernels(run("info")[1])
+    for op in pyfast.ops.OPS:
+        stem = op.removesuffix("_backward")
+        for device in ("cpu", "cuda"):
+            assert rows.get(f"{op} on {device}") or rows[f"{stem} on {device}"]
+
+
+@pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
+def test_kernels_named_are_the_ones_that_run(run: Run) -> None:
+    """Oracle: what the ops record when they run."""
+    rows = kernels(run("info")[1])
+    for case in CASES:
+        arguments = case.make("cpu", torch.float32)
+        with pyfast.ops.recorded_kernels() as ran:
+            pyfast.ops.OPS[case.op].overload(*arguments)
+        row = rows.get(f"{case.op} on cpu") or rows[f"{case.op.removesuffix('_backward')} on cpu"]
+        compiled = {kernel for _, kernel in ran if kernel.endswith(("avx512", "avx2", "scalar"))}
+        assert compiled <= set(re.findall(r"\w+", row)), str(case)
+
+
+def test_op_that_is_new_is_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = pyfast.ops.OPS["adapter_scale"]
+    monkeypatch.setitem(pyfast.ops.OPS, "fresh", op)
+    assert kernels(run("info")[1])["fresh on cuda"] == "torch composition"
+
+
+def test_without_the_extension_torch_serves_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "C", None)
+    monkeypatch.setattr(_extension, "reason", "not built")
+    rows = kernels(run("info")[1])
+    assert set(rows.values()) == {"torch reference (the extension is missing)"}

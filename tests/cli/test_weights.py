@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantize`, `merge` and `convert` write what transformers, bitsandbytes and plain torch agree with."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.cli.conftest import SMALL, Run
+from tests.models import gpt2, logits
+
+
+def adapted_logits(base: Path, adapter: Path) -> torch.Tensor:
+    """Oracle: base and adapter files put together by hand in float64."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    scale = json.loads((adapter / "adapter_config.json").read_text())
+    factor = scale["lora_alpha"] / scale["r"]
+    for name in [key for key in tensors if ".lora_A." in key]:
+        layer = model.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
+        update = tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
+        layer.weight.data += factor * update
+    return logits(model)
+
+
+def test_merge_gives_a_model_that_transformers_loads(
+    run: Run, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    adapter = trained / "adapter"
+    status, out, _ = run(
+        "merge", "--adapter", adapter, "--output", tmp_path / "m", "--dtype", "fp32"
+    )
+    assert status == 0
+    assert f"pyfast generate --model {tmp_path / 'm'}" in out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(
+        logits(merged), adapted_logits(base, adapter).float(), rtol=1e-4, atol=1e-5
+    )
+    assert run("merge", "--adapter", adapter, "--output", tmp_path / "h")[0] == 0
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "h")
+    expected = merged.get_parameter("model.layers.0.mlp.up_proj.weight").bfloat16()
+    assert torch.equal(half.get_parameter("model.layers.0.mlp.up_proj.weight"), expected)
+
+
+def test_merge_into_nf4_rounded_weights(
+    run: Run, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    adapter = trained / "adapter"
+    half = tmp_path / "bf16"  # as models are stored: rounding fp32 weights first moves some codes
+    assert run("convert", "--source", base, "--output", half)[0] == 0
+    assert run("quantize", "--model", half, "--output", tmp_path / "q")[0] == 0
+    assert (
+        run("convert", "--source", tmp_path / "q", "--output", tmp_path / "d", "--dtype", "fp32")[0]
+        == 0
+    )
+    merge = ["merge", "--adapter", adapter, "--model", half, "--output", tmp_path / "m"]
+    assert run(*merge, "--dtype", "fp32", "--nf4", "true")[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    expected = adapted_logits(tmp_path / "d", adapter).float()
+    torch.testing.assert_close(logits(merged), expected, rtol=2e-2, atol=2e-2)
+    unrounded = adapted_logits(base, adapter).float()
+    assert (logits(merged) - unrounded).norm() > 3 * (logits(merged) - expected).norm()
+
+
+def test_adapter_of_a_stored_4_bit_model(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    """It is merged into the stored values, by the command that the run ended with."""
+    assert run("quantize", "--model", base, "--output", tmp_path / "q")[0] == 0
+    arguments = ["--model", tmp_path / "q", "--data", data, "--output_dir", tmp_path / "out"]
+    status, out, _ = run("finetune", "--method", "qlora", *arguments, "--run.steps", 2, *SMALL)
+    assert status == 0
+    merge = next(line for line in out.splitlines() if line.startswith("Merge it:"))
+    generate = next(line for line in out.splitlines() if line.startswith("Ask it:"))
+    for line in (generate, f"{merge} --dtype fp32", f"{merge}-nf4 --nf4 true --dtype fp32"):
+        status, _, err = run(*shlex.split(line.partition("pyfast ")[2]))
+        assert (status, err) == (0, "")
+    dense = ["convert", "--source", tmp_path / "q", "--output", tmp_path / "d", "--dtype", "fp32"]
+    assert run(*dense)[0] == 0
+    expected = adapted_logits(tmp_path / "d", tmp_path / "out" / "adapter").float()
+    for name in ("merged", "merged-nf4"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_forgotten_nf4_is_noted(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["--model", base, "--data", data, "--output_dir", tmp_path, "--run.steps", 1]
+    assert run("finetune", "--method", "qlora", *arguments, *SMALL)[0] == 0
+    adapter = tmp_path / "adapter"
+    note = f"Note: {adapter} was trained on an NF4 base. Fix: --nf4 true\n"
+    ask = ["generate", "--adapter", adapter, "--prompt", "w1", "--max_new_tokens", 1]
+    assert run(*ask)[2] == note
+    assert run(*ask, "--nf4", "true")[2] == ""
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_quantized_model_loads_in_bitsandbytes_and_converts_back(
+    run: Run, base: Path, tmp_path: Path, nested: bool, family: str
+) -> None:
+    source = base
+    if family == "gpt2":
+        source = tmp_path / "gpt2"
+        gpt2(layers=1).save_pretrained(source)
+        for file in base.glob("tokenizer*"):
+            (source / file.name).write_bytes(file.read_bytes())
+    quantized, dense = tmp_path / "q", tmp_path / "d"
+    status, out, _ = run(
+        "quantize", "--model", source, "--output", quantized, "--nested", str(nested).lower()
+    )
+    assert status == 0, out
+    assert run("convert", "--source", quantized, "--output", dense, "--dtype", "bf16")[0] == 0
+    theirs = AutoModelForCausalLM.from_pretrained(quantized)
+    assert any(type(module).__name__ == "Linear4bit" for module in theirs.modules())
+    ours = AutoModelForCausalLM.from_pretrained(dense)
+    assert getattr(ours.config, "quantization_config", None) is None
+    from bitsandbytes.functional import dequantize_4bit
+
+    compared = 0
+    for name, module in theirs.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            expected = dequantize_4bit(module.weight.data, module.weight.quant_state).to(
+                torch.bfloat16
+            )
+            weight = ours.get_parameter(f"{name}.weight")
+            assert torch.equal(
+                weight if family == "llama" else weight.t(), expected.view_as(expected)
+            )
+            compared += 1
+    assert compared == (14 if family == "llama" else 4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by PEFT
+def test_convert_opens_a_pickle_only_on_demand(run: Run, base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "old" / "adapter_model.bin")
+    (tmp_path / "old" / "adapter_model.safetensors").unlink()
+    for source in (tmp_path / "old", tmp_path / "old" / "adapter_model.bin"):
+        status, _, err = run("convert", "--source", source, "--output", tmp_path / "new")
+        assert status == 2
+        assert "UnsafeFileError [PF014]" in err
+        assert "--trust_pickle true" in err
+        assert not (tmp_path / "new").exists()
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert run("convert", "--source", old, "--output", new, "--trust_pickle", "true")[0] == 0
+    converted = load_file(new / "adapter_model.safetensors")
+    assert converted.keys() == tensors.keys()
+    assert all(torch.equal(converted[key], tensors[key]) for key in tensors)
+    assert (new / "adapter_config.json").read_bytes() == (old / "adapter_config.json").read_bytes()
+
+
+def test_convert_runs_no_code_from_a_pickle(run: Run, tmp_path: Path) -> None:
+    class Exploit:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save({"a": Exploit()}, tmp_path / "adapter_model.bin")
+    arguments = [
+        "convert",
+        "--source",
+        tmp_path,
+        "--output",
+        tmp_path / "new",
+        "--trust_pickle",
+        "true",
+    ]
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "UnsafeFileError" in err
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model comes from: a name that is wrong is told at once, in a sentence with a fix."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+
+from pyfast.errors import ConfigError
+from pyfast.train import pretrained
+from pyfast.train.pretrained import load_pretrained
+
+
+def load(source: str) -> Any:
+    return load_pretrained(source, torch.float32, torch.device("cpu"))
+
+
+def refusal(source: str) -> str:
+    """The error of a load that must take less than two seconds."""
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load(source)
+    assert time.monotonic() - start < 2
+    text = str(caught.value)
+    assert text.count("\n") == 0
+    assert "Fix: " in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/no/such", "neither a directory here nor a name on the Hugging Face hub (OWNER/NAME)"),
+        ("./model", "neither a directory here"),
+        ("a/b/c", "neither a directory here"),
+        ("spaced name", "neither a directory here"),
+        ("{file}", "neither a directory here"),
+        ("{empty}", "it has no config.json. Fix: the path of a model directory"),
+        ("{adapter}", "It is an adapter. Fix: --adapter {adapter}"),
+        ("no/such", "the Hugging Face hub cannot be asked (Cannot reach https://"),  # offline here
+    ],
+)
+def test_what_is_no_model_is_told_by_its_form(tmp_path: Path, name: str, reason: str) -> None:
+    places = {"file": tmp_path / "file", "empty": tmp_path / "e", "adapter": tmp_path / "a"}
+    places["file"].write_text("")
+    places["empty"].mkdir()
+    places["adapter"].mkdir()
+    (places["adapter"] / "adapter_config.json").write_text("{}")
+    assert reason.format(**places) in refusal(name.format(**places))
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """Answers every request with the status that the model's name ends with."""
+
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(int(self.path[-3:]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on standard error."""
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(online: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub on this machine; the requests that it got."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(_Hub, "asked", [])
+    yield _Hub.asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_model_that_the_hub_has_not(hub: list[str], status: int) -> None:
+    text = refusal(f"no/such-{status}")
+    assert f"has none of this name that is open to you (HTTP {status})" in text
+    assert len(hub) == 1
+
+
+def test_hub_in_trouble_is_asked_once(hub: list[str]) -> None:
+    assert "the Hugging Face hub cannot be asked" in refusal("no/such-503")
+    assert len(hub) == 1
+
+
+def test_hub_that_never_answers(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "_HUB_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        assert "the Hugging Face hub cannot be asked" in refusal("no/such")
+
+
+def test_hub_that_is_not_there(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the Hugging Face hub cannot be asked" in refusal("no/such")
+
+
+def test_cached_model_trains_without_hub_and_peers(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Where nothing answers, and offline; neither PEFT nor bitsandbytes is imported."""
+    root = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(tiny_model, root / "snapshots" / "0123")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0123")
+    script = (
+        "import sys, huggingface_hub.constants\n"
+        "from pyfast.cli import main\n"
+        "run = ['--run.steps', '1', '--run.samples', '0', '--dataset.eval_fraction', '0']\n"
+        "for offline, method in ((False, 'lora'), (True, 'qlora')):\n"
+        "    huggingface_hub.constants.HF_HUB_OFFLINE = offline\n"
+        "    arguments = ['--method', method, '--output_dir', f'{sys.argv[2]}/{method}', *run]\n"
+        "    assert main(['finetune', '--model', 'me/tiny', '--data', sys.argv[1], *arguments]) == 0\n"
+        "assert not {'bitsandbytes', 'peft'} & set(sys.modules)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, data_file, tmp_path / "out"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    config = json.loads((tmp_path / "out" / "lora" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/tiny"
+
+
+def test_damaged_weights_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_model, damaged)
+    (damaged / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match=r"cannot load the model '.*damaged': .*header"):
+        load(str(damaged))
