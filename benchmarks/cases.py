@@ -20,6 +20,7 @@ from pyfast.ops._nf4_format import NEST_MAP, NF4_CODE
 
 BLOCKSIZE = 64
 SCALE = 2.0
+DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Case:
             return 2 * stored
         if self.op in ("nf4_quantize", "nf4_dequantize"):
             return packed + stored
-        if self.op.startswith("adapter"):
+        if self.op == "dropout" or self.op.startswith("adapter"):
             return 2 * m * k * itemsize + 2 * k * r * itemsize
         weight = packed if self.nf4 else stored
         forward = weight + (m * (n + k) + r * (n + k)) * itemsize
@@ -148,7 +149,10 @@ def decode(operands: Operands, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def oracle(operands: Operands, mode: str) -> list[Tensor]:
-    """fp64 outputs (and gradients) of the linear and adapter cases from the rounded operands."""
+    """fp64 outputs (and gradients) of the linear and adapter cases from the rounded operands.
+
+    Those of dropout are what it gives where it keeps.
+    """
     leaves = [leaf.double().requires_grad_(mode == "fwdbwd") for leaf in operands.leaves()]
     x, rest = leaves[0], leaves[1:]
     op = operands.case.op
@@ -156,6 +160,8 @@ def oracle(operands: Operands, mode: str) -> list[Tensor]:
         y = x @ operands.w.double().t()
     elif op == "lora_linear":
         y = x @ operands.w.double().t() + SCALE * (x @ rest[0].t()) @ rest[1].t()
+    elif op == "dropout":
+        y = x / (1 - DROPOUT)
     elif op == "adapter_scale":
         y = x * rest[0]
     else:
@@ -220,6 +226,12 @@ def _adapters(sizes: list[tuple[int, int]], r: int) -> Iterator[Case]:
         yield Case(name, "adapter_bottleneck", ("adapter_bottleneck",), shape, modes)
 
 
+def _dropouts(sizes: list[tuple[int, int]]) -> Iterator[Case]:
+    for m, k in sizes:
+        shape = {"m": m, "k": k}
+        yield Case(f"dropout/{m}x{k}", "dropout", ("dropout",), shape, ("fwd", "fwdbwd"))
+
+
 def _tiny() -> Iterator[Case]:
     size = [(64, 128)]
     for case in (
@@ -229,6 +241,7 @@ def _tiny() -> Iterator[Case]:
         *_nf4_linears(size, [4], nested=True),
         *_loras(size, [4], [8]),
         *_adapters([(4, 128)], 8),
+        *_dropouts([(4, 128)]),
     ):
         yield Case(**{**vars(case), "name": f"tiny/{case.name}"})
 
@@ -243,6 +256,7 @@ def all_cases(device: str) -> list[Case]:
             *_nf4_linears(square, [1, 16, 64, 256, 1024], nested=False),
             *_loras(square, [64, 512], [16]),
             *_adapters([(1024, 4096)], 64),
+            *_dropouts([(1024, 4096)]),
             *_tiny(),
         ]
     # Llama-3-8B's and 70B's projections.
@@ -256,6 +270,7 @@ def all_cases(device: str) -> list[Case]:
         *_nf4_linears(layers, [512, 2048, 8192], nested=True),
         *_loras(layers, [2048, 8192], [16, 64]),
         *_adapters([(8192, 4096), (8192, 14336)], 64),
+        *_dropouts([(8192, 4096), (8192, 14336)]),
         *_tiny(),
     ]
 

@@ -46,6 +46,12 @@ def ptr(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def stream(device: int) -> int:
+    """Handle of a CUDA device's current stream."""
+    handle: int = torch.cuda.current_stream(device).cuda_stream
+    return handle
+
+
 def launch_args(tensor: torch.Tensor) -> dict[str, int]:
     """`device`, `threads` and `stream` for a launch on the tensor's device."""
     if tensor.device.type == "cuda":
@@ -53,6 +59,6 @@ def launch_args(tensor: torch.Tensor) -> dict[str, int]:
         return {
             "device": index,
             "threads": 1,
-            "stream": torch.cuda.current_stream(index).cuda_stream,
+            "stream": stream(index),
         }
     return {"device": -1, "threads": torch.get_num_threads(), "stream": 0}

@@ -93,10 +93,18 @@ def _lora_backward(m, n, k, r, wanted, **options):
         for size in m:
             rows *= size
         dy = seeded((*m, n), seed=6, dtype=dtype, device=device)
-        z = seeded((rows, r), seed=7, dtype=dtype, device=device)
+        z = seeded((rows, (r + 7) // 8 * 8), seed=7, dtype=dtype, device=device)
         tensors = (t.detach() for t in (x, w, a, b))
         x, w, a, b = tensors
         return (dy, x, z, w, a, b, scale, p, seed, *rest, wanted)
+
+    return make
+
+
+def _dropout(shape, p):
+    def make(device, dtype):
+        x = seeded(shape, seed=2, dtype=dtype, device=device).requires_grad_()
+        return (x, p, torch.tensor([11, 22], device=device))
 
     return make
 
@@ -140,7 +148,7 @@ def _bottleneck(*shape, **options):
     return lambda device, dtype: bottleneck_args(*shape, device, dtype, **options)
 
 
-def _bottleneck_backward(m, k, r, **options):
+def _bottleneck_backward(m, k, r, wanted, **options):
     def make(device, dtype):
         args = bottleneck_args(m, k, r, device, dtype, **options)
         x, down, up, _, _, norm_weight, norm_bias, activation, eps = (
@@ -149,7 +157,7 @@ def _bottleneck_backward(m, k, r, **options):
         rows = x.numel() // k
         dy = seeded((*m, k), seed=9, dtype=dtype, device=device)
         h = seeded((rows, r), seed=10, dtype=dtype, device=device)
-        return (dy, h, x, down, up, norm_weight, norm_bias, activation, eps)
+        return (dy, h, x, down, up, norm_weight, norm_bias, activation, eps, wanted)
 
     return make
 
@@ -180,6 +188,9 @@ CASES: list[OpCase] = [
     OpCase("nf4_linear", "empty", _nf4_linear((0,), 8, 64, False, True)),
     OpCase("nf4_linear_backward", "nested", _nf4_linear_backward((2, 3), 8, 64, True)),
     OpCase("nf4_linear_backward", "empty", _nf4_linear_backward((0,), 8, 64, False)),
+    OpCase("dropout", "rows", _dropout((2, 3, 21), 0.25)),
+    OpCase("dropout", "all", _dropout((4, 8), 1.0)),
+    OpCase("dropout", "empty", _dropout((0, 8), 0.5)),
     OpCase("lora_linear", "dense", _lora((2, 5), 12, 16, 3)),
     OpCase("lora_linear", "bias-weight", _lora((5,), 12, 16, 1, bias=True, weight_grad=True)),
     OpCase("lora_linear", "nf4-dropout", _lora((5,), 8, 64, 4, nf4="nested", dropout=0.25)),
@@ -217,11 +228,20 @@ CASES: list[OpCase] = [
     OpCase(
         "adapter_bottleneck_backward",
         "norm",
-        _bottleneck_backward((2, 3), 12, 4, norm=True, biases=True, activation="silu"),
+        _bottleneck_backward((2, 3), 12, 4, [True] * 7, norm=True, biases=True, activation="silu"),
     ),
     OpCase(
         "adapter_bottleneck_backward",
         "plain",
-        _bottleneck_backward((5,), 12, 3, norm=False, biases=True, activation="relu"),
+        _bottleneck_backward(
+            (5,), 12, 3, [True] * 5 + [False] * 2, norm=False, biases=True, activation="relu"
+        ),
+    ),
+    OpCase(
+        "adapter_bottleneck_backward",
+        "factors",
+        _bottleneck_backward(
+            (5,), 12, 3, [i in (1, 2) for i in range(7)], norm=True, biases=False, activation="gelu"
+        ),
     ),
 ]

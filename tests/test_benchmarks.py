@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import cases, compare, machine, providers, run, timing
+from pyfast import ops
 
 KEYS = {
     "schema", "case", "provider", "mode", "shape", "dtype", "ms_p50", "ms_p20", "ms_p80", "tflops",
@@ -66,6 +67,20 @@ def test_every_provider_agrees_on_lora(tmp_path: Path) -> None:
     for kind in ("dense", "nf4"):
         for provider in ("torch", "peft", "pyfast"):
             assert errors[f"tiny/lora_linear/{kind}/64x128/r8/m4", provider] < 1e-5
+
+
+def test_dropout_is_compared_where_it_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(tmp_path, "--case", "tiny/dropout/*", "--provider", "torch,pyfast")
+    assert [(row["provider"], row["mode"]) for row in rows] == [
+        ("torch", "fwd"), ("pyfast", "fwd"), ("torch", "fwdbwd"), ("pyfast", "fwdbwd"),
+    ]  # fmt: skip
+    assert all(row["max_err"] < 0.01 for row in rows)
+    for wrong in (lambda x, p: x * 0, lambda x, p: x, lambda x, p: ops.dropout(x, p) * 1.2):
+        monkeypatch.setattr(torch.nn.functional, "dropout", wrong)
+        options = ["--device", "cpu", "--seconds", "0", "--case", "tiny/dropout/*"]
+        assert run.main([*options, "--provider", "torch"]) == 1
 
 
 def test_a_wrong_result_fails_the_run(

@@ -17,9 +17,14 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);  // NOLINT: the interface is integers
 }
 
+// The interpreter is free while a kernel runs or is enqueued.
+using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
+
 // A list of {"name", "device", "reason"}; throws for an op that does not exist.
 pybind11::list variants(const std::string& op);
 
+void bind_dropout(pybind11::module_& m);
+void bind_lora(pybind11::module_& m);
 void bind_nf4(pybind11::module_& m);
 
 }  // namespace pyfast

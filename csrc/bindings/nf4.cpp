@@ -8,9 +8,6 @@ namespace py = pybind11;
 namespace pyfast {
 namespace {
 
-// The interpreter is free while a kernel runs or is enqueued.
-using Unlocked = py::call_guard<py::gil_scoped_release>;
-
 std::string_view quantize(int device, std::uintptr_t src, int dtype, std::int64_t numel,
                           int blocksize, std::uintptr_t packed, std::uintptr_t absmax, int threads,
                           std::uintptr_t stream, const std::string& variant) {

@@ -3,7 +3,7 @@
 // table of 16-bit values is two byte tables, and the 32-bit one two registers of 8.
 #include <immintrin.h>
 
-#include "nf4/block_scalar.h"
+#include "nf4/blocks.h"
 #include "nf4/kernels.h"
 
 namespace pyfast::nf4 {
@@ -91,34 +91,16 @@ PYFAST_INLINE void decode32(const std::uint8_t* packed, const Table32& table, fl
   }
 }
 
-template <class T>
-PYFAST_INLINE void dequantize_blocks(const DequantizeParams& params, std::int64_t begin,
-                                     std::int64_t end) {
-  for (std::int64_t block = begin; block < end; ++block) {
-    const std::int64_t source = params.first_block + block;
-    const std::int64_t at = block * params.blocksize;
-    const std::int64_t left = params.numel - at;
-    const std::int64_t count = left < params.blocksize ? left : params.blocksize;
-    const std::uint8_t* packed = params.packed + source * params.blocksize / 2;
-    T* out = static_cast<T*>(params.out) + at;
-    const float scale = block_scale(params, source);
-    const auto table = table_of(scale, out);
-    if (count == 64) {  // the usual block, without a loop
-      decode32(packed, table, out);
-      decode32(packed + 16, table, out + 32);
-      continue;
-    }
-    const std::int64_t whole = count / 32 * 32;
-    for (std::int64_t i = 0; i < whole; i += 32) decode32(packed + i / 2, table, out + i);
-    dequantize_block_scalar(packed + whole / 2, scale, out + whole, count - whole);
-  }
-}
-
 }  // namespace
 
 void dequantize_avx2(const DequantizeParams& params, std::int64_t begin, std::int64_t end) {
-  visit_dtype(params.dtype,
-              [&](auto zero) { dequantize_blocks<decltype(zero)>(params, begin, end); });
+  visit_dtype(params.dtype, [&](auto zero) {
+    dequantize_blocks<decltype(zero)>(
+        params, begin, end, [](float scale, auto* out) { return table_of(scale, out); },
+        [](const std::uint8_t* packed, const auto& table, auto* out) {
+          decode32(packed, table, out);
+        });
+  });
 }
 
 }  // namespace pyfast::nf4

@@ -1,39 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one place that chooses an NF4 kernel.
-#include <algorithm>
-
-#include "common/parallel.h"
+#include "common/launch.h"
 #include "nf4/kernels.h"
 
 namespace pyfast::nf4 {
+
+// Units are blocks, and groups of 256 of them for nest.
+static Split by_blocks(std::int64_t numel, int blocksize) {
+  constexpr std::int64_t kGrain = 32768;  // elements
+  return {ceil_div(numel, blocksize), ceil_div(kGrain, blocksize)};
+}
+
+static Split split(const QuantizeParams& params) {
+  return by_blocks(params.numel, params.blocksize);
+}
+
+static Split split(const DequantizeParams& params) {
+  return by_blocks(params.numel, params.blocksize);
+}
+
+static Split split(const NestParams& params) {
+  return {ceil_div(params.num_blocks, kNestedBlocksize), 16};
+}
+
 namespace {
-
-// The least work that is worth a thread's wake-up (about 5 us): elements for the 4-bit kernels.
-constexpr std::int64_t kGrain = 32768;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// CPU rows: split the blocks over threads.
-template <auto kRange, class Params>
-void on_cpu(const Params& params, const Placement& place) {
-  parallel_for(ceil_div(params.numel, params.blocksize), ceil_div(kGrain, params.blocksize),
-               place.threads,
-               [&](std::int64_t begin, std::int64_t end) { kRange(params, begin, end); });
-}
-
-void nest_on_cpu(const NestParams& params, const Placement& place) {
-  parallel_for(ceil_div(params.num_blocks, kNestedBlocksize), 16, place.threads,
-               [&](std::int64_t begin, std::int64_t end) { nest_scalar(params, begin, end); });
-}
-
-#ifdef PYFAST_CUDA
-// CUDA rows: launch on the tensors' device.
-template <auto kLaunch, class Params>
-void on_cuda(const Params& params, const Placement& place) {
-  const DeviceGuard guard(place.device);
-  kLaunch(params, place);
-}
-#endif
 
 constexpr Variant<QuantizeParams> kQuantize[] = {
 #ifdef PYFAST_CUDA
@@ -50,7 +40,7 @@ constexpr Variant<NestParams> kNest[] = {
 #ifdef PYFAST_CUDA
     {"nf4_nest_cuda", Isa::scalar, 80, on_cuda<launch_nest, NestParams>},
 #endif
-    {"nf4_nest_scalar", Isa::scalar, 0, nest_on_cpu},
+    {"nf4_nest_scalar", Isa::scalar, 0, on_cpu<nest_scalar, NestParams>},
 };
 
 constexpr Variant<DequantizeParams> kDequantize[] = {
@@ -67,13 +57,7 @@ constexpr Variant<DequantizeParams> kDequantize[] = {
 void check_common(std::string_view op, int blocksize, DType dtype) {
   PYFAST_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
                ": blocksize must be a power of two from 32 to 4096, got ", blocksize);
-  PYFAST_CHECK(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, op,
-               ": dtype must be 0 (float32), 1 (float16) or 2 (bfloat16), got ",
-               static_cast<int>(dtype));
-}
-
-void check_pointer(std::string_view op, std::string_view name, const void* pointer) {
-  PYFAST_CHECK(pointer != nullptr, op, ": ", name, " is a null pointer");
+  check_dtype(op, dtype);
 }
 
 }  // namespace

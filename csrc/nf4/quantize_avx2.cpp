@@ -2,7 +2,7 @@
 // Needs AVX2 and F16C. Includes nothing whose code could be shared with other files.
 #include <immintrin.h>
 
-#include "nf4/block_scalar.h"
+#include "nf4/blocks.h"
 #include "nf4/kernels.h"
 
 namespace pyfast::nf4 {
@@ -118,33 +118,19 @@ PYFAST_INLINE void encode16(const Tree& tree, const T* src, __m256 factor, std::
   store_bytes8(out, _mm256_and_si256(ordered, _mm256_set1_epi32(0xFF)));
 }
 
-template <class T>
-PYFAST_INLINE void quantize_blocks(const QuantizeParams& params, std::int64_t begin,
-                                   std::int64_t end) {
-  const Tree tree;
-  const int blocksize = params.blocksize;
-  for (std::int64_t block = begin; block < end; ++block) {
-    const std::int64_t at = block * blocksize;
-    const T* src = static_cast<const T*>(params.src) + at;
-    std::uint8_t* packed = params.packed + at / 2;
-    const std::int64_t left = params.numel - at;
-    const float most = left < blocksize ? 0.0F : absmax_of(src, blocksize);
-    if (left < blocksize || !(most <= 3.4028234664e38F)) {  // short, or holds a NaN or an infinity
-      quantize_block_scalar(src, static_cast<int>(left < blocksize ? left : blocksize), blocksize,
-                            packed, params.absmax + block);
-      continue;
-    }
-    params.absmax[block] = most;
-    const __m256 factor = _mm256_set1_ps(1.0F / (most < kLeastAbsmax ? kLeastAbsmax : most));
-    for (int i = 0; i < blocksize; i += 16) encode16(tree, src + i, factor, packed + i / 2);
-  }
-}
-
 }  // namespace
 
 void quantize_avx2(const QuantizeParams& params, std::int64_t begin, std::int64_t end) {
-  visit_dtype(params.dtype,
-              [&](auto zero) { quantize_blocks<decltype(zero)>(params, begin, end); });
+  const Tree tree;
+  const int blocksize = params.blocksize;
+  visit_dtype(params.dtype, [&](auto zero) {
+    quantize_blocks<decltype(zero)>(
+        params, begin, end, [](const auto* src, int count) { return absmax_of(src, count); },
+        [&](const auto* src, float factor, std::uint8_t* packed) {
+          const __m256 factors = _mm256_set1_ps(factor);
+          for (int i = 0; i < blocksize; i += 16) encode16(tree, src + i, factors, packed + i / 2);
+        });
+  });
 }
 
 }  // namespace pyfast::nf4

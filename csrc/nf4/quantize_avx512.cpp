@@ -2,7 +2,7 @@
 // Needs AVX-512 F, BW, DQ, VL. Includes nothing whose code could be shared with other files.
 #include <immintrin.h>
 
-#include "nf4/block_scalar.h"
+#include "nf4/blocks.h"
 #include "nf4/kernels.h"
 
 namespace pyfast::nf4 {
@@ -99,36 +99,22 @@ PYFAST_INLINE __m128i encode32(const Tables& tables, const T* src, __m512 factor
   return _mm_unpacklo_epi64(pack_ordered(low), pack_ordered(high));
 }
 
-template <class T>
-PYFAST_INLINE void quantize_blocks(const QuantizeParams& params, std::int64_t begin,
-                                   std::int64_t end) {
-  const Tables tables;
-  const int blocksize = params.blocksize;
-  for (std::int64_t block = begin; block < end; ++block) {
-    const std::int64_t at = block * blocksize;
-    const T* src = static_cast<const T*>(params.src) + at;
-    std::uint8_t* packed = params.packed + at / 2;
-    const std::int64_t left = params.numel - at;
-    const float most = left < blocksize ? 0.0F : absmax_of(src, blocksize);
-    if (left < blocksize || !(most <= 3.4028234664e38F)) {  // short, or holds a NaN or an infinity
-      quantize_block_scalar(src, static_cast<int>(left < blocksize ? left : blocksize), blocksize,
-                            packed, params.absmax + block);
-      continue;
-    }
-    params.absmax[block] = most;
-    const __m512 factor = _mm512_set1_ps(1.0F / (most < kLeastAbsmax ? kLeastAbsmax : most));
-    for (int i = 0; i < blocksize; i += 32) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2),
-                       encode32(tables, src + i, factor));
-    }
-  }
-}
-
 }  // namespace
 
 void quantize_avx512(const QuantizeParams& params, std::int64_t begin, std::int64_t end) {
-  visit_dtype(params.dtype,
-              [&](auto zero) { quantize_blocks<decltype(zero)>(params, begin, end); });
+  const Tables tables;
+  const int blocksize = params.blocksize;
+  visit_dtype(params.dtype, [&](auto zero) {
+    quantize_blocks<decltype(zero)>(
+        params, begin, end, [](const auto* src, int count) { return absmax_of(src, count); },
+        [&](const auto* src, float factor, std::uint8_t* packed) {
+          const __m512 factors = _mm512_set1_ps(factor);
+          for (int i = 0; i < blocksize; i += 32) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2),
+                             encode32(tables, src + i, factors));
+          }
+        });
+  });
 }
 
 }  // namespace pyfast::nf4

@@ -3,6 +3,7 @@
 
 from pyfast.ops._library import OPS, recorded_kernels
 from pyfast.ops.adapter import adapter_bottleneck, adapter_scale
+from pyfast.ops.dropout import dropout
 from pyfast.ops.lora import lora_linear
 from pyfast.ops.nf4 import NestedScales, nf4_dequantize, nf4_nest, nf4_quantize
 from pyfast.ops.nf4_linear import nf4_linear
@@ -12,6 +13,7 @@ __all__ = [
     "NestedScales",
     "adapter_bottleneck",
     "adapter_scale",
+    "dropout",
     "lora_linear",
     "nf4_dequantize",
     "nf4_linear",

@@ -40,6 +40,7 @@ def define(
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     kernel: Callable[..., Any] | None = None,
+    devices: tuple[str, ...] = ("CPU", "CUDA"),
     autograd: Callable[..., Any] | None = None,
 ) -> Any:
     """Register an op and return its overload.
@@ -48,7 +49,8 @@ def define(
         schema: torch schema without the namespace, such as `"scale(Tensor x) -> Tensor"`.
         fake: shape and dtype propagation; runs the op's checks, so eager and compiled calls fail alike.
         reference: plain torch; serves every device that `kernel` does not, and is the tests' oracle.
-        kernel: the compiled implementation for CPU and CUDA tensors.
+        kernel: the compiled implementation.
+        devices: dispatch keys of the devices whose tensors `kernel` takes.
         autograd: called as `autograd(*args)` where a gradient is wanted; applies an autograd.Function.
     """
     name = schema.split("(", 1)[0]
@@ -62,8 +64,8 @@ def define(
 
     _LIB.impl(name, checked_reference, "CompositeExplicitAutograd")
     if kernel is not None:
-        _LIB.impl(name, kernel, "CPU")
-        _LIB.impl(name, kernel, "CUDA")
+        for device in devices:
+            _LIB.impl(name, kernel, device)
     if autograd is not None:
 
         def route(*args: Any) -> Any:

@@ -5,6 +5,7 @@ Element (row, column) of a mask takes 16 bits of the block with counter
 (row, column // 8, offset low word, offset high word) and key (seed low word, seed high word):
 half (column % 2) of word (column % 8) // 2, low half first. It is kept where those bits are at least
 round(p * 65536). Counters are global rows and columns, so any tiling and any shard draws the same mask.
+This is the reference of `csrc/common/philox.h`, which draws the same bits.
 Generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 """
 

@@ -6,6 +6,8 @@ Letters: M tokens, K features, R bottleneck size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,14 @@ ACTIVATIONS = ("silu", "gelu", "relu")
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """float32 for half types: products of a half and a float32 factor round once."""
+    """float32 for half types: their products are exact there."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x * scale, contiguous: multiplied in float32 or wider, rounded once to x's dtype, in one launch."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.mul(x, scale, out=out)
 
 
 def _scale_fake(x: Tensor, scale: Tensor) -> Tensor:
@@ -34,7 +42,7 @@ def _scale_fake(x: Tensor, scale: Tensor) -> Tensor:
 
 def _scale_reference(x: Tensor, scale: Tensor) -> Tensor:
     _scale_fake(x, scale)
-    return (_wide(x) * _wide(scale)).to(x.dtype).contiguous()
+    return _scaled(x, scale)
 
 
 def _scale_backward_fake(
@@ -51,9 +59,9 @@ def _scale_backward_reference(
 ) -> tuple[Tensor, Tensor]:
     grad_x, grad_scale = x.new_empty(0), scale.new_empty(0)
     if wanted[0]:
-        grad_x = (_wide(grad_y) * _wide(scale)).to(x.dtype).contiguous()
+        grad_x = _scaled(grad_y, scale)
     if wanted[1]:
-        products = (_wide(grad_y) * _wide(x)).reshape(-1, x.shape[-1])
+        products = (_wide(grad_y) * x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
         grad_scale = products.sum(0).to(scale.dtype)
     return grad_x, grad_scale
 
@@ -166,10 +174,8 @@ def _bottleneck_fake(
     _check.check_same_device(op, x, down=down, up=up, norm_weight=norm_weight)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((rows, r))
+    h = x.new_empty((math.prod(x.shape[:-1]), r))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), h
 
 
 def _bottleneck_reference(
@@ -177,7 +183,7 @@ def _bottleneck_reference(
     norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _bottleneck_fake(x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps)
-    x_mk = x.reshape(-1, x.shape[-1])
+    x_mk = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     n_mk, _, _ = _normed(x_mk, norm_weight, norm_bias, eps)
     h_mr = torch.nn.functional.linear(n_mk, down, down_bias)
     y_mk = torch.addmm(x_mk, _activate(h_mr, activation), up.t())
@@ -188,50 +194,52 @@ def _bottleneck_reference(
 
 def _bottleneck_backward_fake(
     grad_y: Tensor, h: Tensor, x: Tensor, down: Tensor, up: Tensor, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, activation: str, eps: float,
+    norm_bias: Tensor | None, activation: str, eps: float, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    none = (0,)
-    return (
-        x.new_empty(x.shape),
-        down.new_empty(down.shape),
-        up.new_empty(up.shape),
-        down.new_empty((down.shape[0],)),
-        down.new_empty((up.shape[0],)),
-        x.new_empty(none if norm_weight is None else norm_weight.shape),
-        x.new_empty(none if norm_bias is None else norm_bias.shape),
+    k, r = up.shape
+    shapes = (x.shape, down.shape, up.shape, (r,), (k,), (k,), (k,))
+    return tuple(
+        x.new_empty(tuple(shape) if want else (0,))
+        for shape, want in zip(shapes, wanted, strict=True)
     )
 
 
 def _bottleneck_backward_reference(
     grad_y: Tensor, h: Tensor, x: Tensor, down: Tensor, up: Tensor, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, activation: str, eps: float,
+    norm_bias: Tensor | None, activation: str, eps: float, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dy_mk, x_mk = grad_y.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
-    n_mk, mean, rstd = _normed(x_mk, norm_weight, norm_bias, eps)
-    dh_mr = _activate_backward(dy_mk @ up, h, activation)
-    dn_mk = dh_mr @ down
-    grad_norm_w, grad_norm_b = x.new_empty(0), x.new_empty(0)
-    if norm_weight is not None:
-        dn_mk, grad_norm_w, grad_b = torch.ops.aten.native_layer_norm_backward(
-            dn_mk, x_mk, (x_mk.shape[1],), mean, rstd, norm_weight, norm_bias,
-            [True, True, norm_bias is not None],
-        )  # fmt: skip
-        if norm_bias is not None:
-            grad_norm_b = grad_b
-    return (
-        (dy_mk + dn_mk).view(x.shape),
-        dh_mr.t() @ n_mk,
-        dy_mk.t() @ _activate(h, activation),
-        dh_mr.sum(0),
-        dy_mk.sum(0),
-        grad_norm_w,
-        grad_norm_b,
-    )
+    want_x, want_down, want_up, want_down_bias, want_up_bias, want_norm_w, want_norm_b = wanted
+    m, k = h.shape[0], x.shape[-1]
+    dy_mk, x_mk = grad_y.reshape(m, k), x.reshape(m, k)
+    grads: list[Tensor | None] = [None] * 7
+    if want_up:
+        grads[2] = dy_mk.t() @ _activate(h, activation)
+    if want_up_bias:
+        grads[4] = dy_mk.sum(0)
+    want_n = want_x or want_norm_w or want_norm_b
+    if want_n or want_down or want_down_bias:
+        dh_mr = _activate_backward(dy_mk @ up, h, activation)
+    if want_down_bias:
+        grads[3] = dh_mr.sum(0)
+    if want_n or want_down:
+        n_mk, mean, rstd = _normed(x_mk, norm_weight, norm_bias, eps)
+    if want_down:
+        grads[1] = dh_mr.t() @ n_mk
+    if want_n:
+        dn_mk = dh_mr @ down
+        if norm_weight is not None:
+            dn_mk, grads[5], grads[6] = torch.ops.aten.native_layer_norm_backward(
+                dn_mk, x_mk, (k,), mean, rstd, norm_weight, norm_bias,
+                [want_x, want_norm_w, want_norm_b],
+            )  # fmt: skip
+        if want_x:
+            grads[0] = (dy_mk + dn_mk).view(x.shape)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 _bottleneck_backward = _library.define(
     "adapter_bottleneck_backward(Tensor grad_y, Tensor h, Tensor x, Tensor down, Tensor up, "
-    "Tensor? norm_weight, Tensor? norm_bias, str activation, float eps) "
+    "Tensor? norm_weight, Tensor? norm_bias, str activation, float eps, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_bottleneck_backward_fake,
     reference=_bottleneck_backward_reference,
@@ -256,10 +264,10 @@ class _Bottleneck(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, _grad_h):  # type: ignore[no-untyped-def]
-        grads = _bottleneck_backward(grad_y, *ctx.saved_tensors, *ctx.constants)
-        need = ctx.needs_input_grad
+        wanted = list(ctx.needs_input_grad[:7])
+        grads = _bottleneck_backward(grad_y, *ctx.saved_tensors, *ctx.constants, wanted)
         return (
-            *(grad if want else None for grad, want in zip(grads, need[:7], strict=True)),
+            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
             None,
             None,
         )

@@ -4,20 +4,25 @@
 Letters: M tokens, N out features, K in features, R rank. With A [R, K], B [N, R] and scale s
 (Hu et al., "LoRA", 2021), and D the dropout of the adapter's input:
 
-    z  = D(x) A^T                    y  = x W^T + bias + s z B^T
+    z  = s D(x) A^T                  y  = x W^T + bias + z B^T
     dz = s dy B                      dx = dy W + D(dz A)
-    dA = dz^T D(x)                   dB = s dy^T z
+    dA = dz^T D(x)                   dB = dy^T z
 
-D multiplies by keep / (1 - p); its mask is drawn again from (seed, offset), see `_philox`.
+z is [M, R rounded up to 8], zero beyond R. D multiplies by keep / (1 - p); its mask is drawn again from
+(seed, offset), see `_philox`.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pyfast.ops import _check, _library, _philox
+from pyfast.ops import _check, _library, _lora_launch, _philox
 from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops.dropout import dropout_op
 from pyfast.ops.nf4 import FLOATS
 from pyfast.ops.nf4_linear import nf4_linear_backward_op, nf4_linear_op
 
@@ -26,8 +31,9 @@ _NF4_ARGS = "Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int blocksiz
 
 
 def _check_lora(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-    dropout: float, seed: Tensor | None, absmax: Tensor | None,
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float,
+    seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
+    offset: Tensor | None, blocksize: int,
 ) -> None:  # fmt: skip
     _check.check_dtype(op, "x", x, _COMPUTE)
     _check.check_same_device(op, x, weight=weight, bias=bias, lora_A=a, lora_B=b, absmax=absmax)
@@ -37,10 +43,12 @@ def _check_lora(
     if absmax is None:
         _check.check_shape(op, "weight", weight, (n, k))
         _check.check_dtype(op, "weight", weight, (x.dtype,))
-    for name, tensor in (("bias", bias), ("lora_A", a), ("lora_B", b)):
-        if tensor is not None:
-            _check.check_dtype(op, name, tensor, (x.dtype,))
+    else:
+        _check.check_quantized(op, weight, absmax, n * k, blocksize, nested_absmax, offset)
+    for name, tensor in (("lora_A", a), ("lora_B", b)):
+        _check.check_dtype(op, name, tensor, _COMPUTE)
     if bias is not None:
+        _check.check_dtype(op, "bias", bias, (x.dtype,))
         _check.check_shape(op, "bias", bias, (n,))
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{op}: dropout must be in [0, 1], got {dropout}")
@@ -51,8 +59,8 @@ def _check_lora(
 def _dropped(x_mk: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     if dropout == 0.0 or seed is None:
         return x_mk
-    keep = _philox.keep_mask(seed, x_mk.shape[0], x_mk.shape[1], dropout)
-    return torch.where(keep, x_mk * _philox.keep_scale(dropout), 0.0)
+    out: Tensor = dropout_op(x_mk, dropout, seed)
+    return out
 
 
 def _lora_fake(
@@ -60,11 +68,12 @@ def _lora_fake(
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
     offset: Tensor | None, blocksize: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax)
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    return x.new_empty((*x.shape[:-1], b.shape[0])), x.new_empty((rows, a.shape[0]))
+    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, nested_absmax, offset,
+                blocksize)  # fmt: skip
+    rows = math.prod(x.shape[:-1])
+    return x.new_empty((*x.shape[:-1], b.shape[0])), x.new_empty(
+        (rows, _lora_launch.padded(a.shape[0]))
+    )
 
 
 def _lora_reference(
@@ -72,16 +81,20 @@ def _lora_reference(
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
     offset: Tensor | None, blocksize: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax)
+    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, nested_absmax, offset,
+                blocksize)  # fmt: skip
     n, k = b.shape[0], x.shape[-1]
-    x_mk = x.reshape(-1, k)
+    x_mk = x.reshape(math.prod(x.shape[:-1]), k)
     if absmax is None:
         y_mn = torch.nn.functional.linear(x_mk, weight, bias)
     else:
         y_mn = nf4_linear_op(x_mk, weight, absmax, bias, n, blocksize, nested_absmax, offset)
-    z_mr = _dropped(x_mk, dropout, seed) @ a.t()
-    y_mn = torch.addmm(y_mn, z_mr, b.t(), alpha=scale)
-    return y_mn.view(*x.shape[:-1], n), z_mr
+    z_mr = _scaled_product(_dropped(x_mk, dropout, seed), a.to(x.dtype).t(), scale)
+    y_mn = torch.addmm(y_mn, z_mr, b.to(x.dtype).t())
+    r = a.shape[0]
+    return y_mn.view(*x.shape[:-1], n), torch.nn.functional.pad(
+        z_mr, (0, _lora_launch.padded(r) - r)
+    )
 
 
 def _lora_backward_fake(
@@ -89,10 +102,10 @@ def _lora_backward_fake(
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
     offset: Tensor | None, blocksize: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shapes = (x.shape, weight.shape, a.shape, b.shape)
+    like = ((x, x.dtype), (weight, x.dtype), (a, a.dtype), (b, b.dtype))
     return tuple(  # type: ignore[return-value]
-        x.new_empty(tuple(shape) if want else (0,))
-        for shape, want in zip(shapes, wanted, strict=True)
+        x.new_empty(tuple(tensor.shape) if want else (0,), dtype=dtype)
+        for (tensor, dtype), want in zip(like, wanted, strict=True)
     )
 
 
@@ -107,15 +120,15 @@ def _lora_backward_reference(
     offset: Tensor | None, blocksize: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     want_x, want_w, want_a, want_b = wanted
-    n, k = b.shape[0], x.shape[-1]
-    dy_mn, x_mk = grad_y.reshape(-1, n), x.reshape(-1, k)
+    m, n, k = math.prod(x.shape[:-1]), b.shape[0], x.shape[-1]
+    dy_mn, x_mk = grad_y.reshape(m, n), x.reshape(m, k)
     grad_x = grad_w = grad_a = grad_b = x.new_empty(0)
     if want_x or want_a:
-        dz_mr = _scaled_product(dy_mn, b, scale)
+        dz_mr = _scaled_product(dy_mn, b.to(x.dtype), scale)
     if want_a:
         grad_a = dz_mr.t() @ _dropped(x_mk, dropout, seed)
     if want_b:
-        grad_b = _scaled_product(dy_mn.t(), z, scale)
+        grad_b = dy_mn.t() @ z[:, : b.shape[1]]
     if want_w:
         grad_w = dy_mn.t() @ x_mk
     if want_x:
@@ -126,15 +139,25 @@ def _lora_backward_reference(
                 dy_mn, weight, absmax, k, blocksize, nested_absmax, offset
             )
         if dropout == 0.0:
-            grad_x = torch.addmm(base_mk, dz_mr, a)
+            grad_x = torch.addmm(base_mk, dz_mr, a.to(x.dtype))
         else:
-            grad_x = base_mk.add_(_dropped(dz_mr @ a, dropout, seed))
+            grad_x = base_mk.add_(_dropped(dz_mr @ a.to(x.dtype), dropout, seed))
         grad_x = grad_x.view(x.shape)
     # Unwanted results share one empty tensor above; an op's outputs must not alias.
+    grads = ((grad_x, x.dtype), (grad_w, x.dtype), (grad_a, a.dtype), (grad_b, b.dtype))
     return tuple(  # type: ignore[return-value]
-        grad if want else x.new_empty(0)
-        for grad, want in zip((grad_x, grad_w, grad_a, grad_b), wanted, strict=True)
+        grad.to(dtype) if want else x.new_empty(0, dtype=dtype)
+        for (grad, dtype), want in zip(grads, wanted, strict=True)
     )
+
+
+def _lora_backward_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, x, _, _, a, b, *_ = args
+    if reason := _lora_launch.missing(x, a, b):
+        result: tuple[Tensor, Tensor, Tensor, Tensor]
+        result = _library.fall_back("lora_linear_backward", reason, *args)
+        return result
+    return _lora_launch.backward(*args)
 
 
 _lora_backward = _library.define(
@@ -143,6 +166,8 @@ _lora_backward = _library.define(
     "Tensor? offset, int blocksize, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_lora_backward_fake,
     reference=_lora_backward_reference,
+    kernel=_lora_backward_kernel,
+    devices=("CUDA",),
 )
 
 
@@ -185,8 +210,17 @@ class _LoraLinear(torch.autograd.Function):
                     strict=True,
                 )
             ]  # fmt: skip
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if need[2] else None
+        grad_bias = grad_y.reshape(z.shape[0], grad_y.shape[-1]).sum(0) if need[2] else None
         return grads[0], grads[1], grad_bias, grads[2], grads[3], *(None,) * 7
+
+
+def _lora_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    x, weight, bias, a, b, _, dropout, seed, absmax, *rest = args
+    if reason := _lora_launch.missing(x, a, b):
+        result: tuple[Tensor, Tensor] = _library.fall_back("lora_linear", reason, *args)
+        return result
+    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, *rest)
+    return _lora_launch.forward(*args)
 
 
 _lora = _library.define(
@@ -194,6 +228,8 @@ _lora = _library.define(
     f"float dropout, Tensor? seed, {_NF4_ARGS} -> (Tensor, Tensor)",
     fake=_lora_fake,
     reference=_lora_reference,
+    kernel=_lora_kernel,
+    devices=("CUDA",),
     autograd=_LoraLinear.apply,
 )
 
@@ -239,12 +275,10 @@ def lora_linear(
         QuantStateError: an NF4 weight's parts do not fit [N, K].
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
-    dtype = x.dtype
     if bias is not None:
-        bias = bias.to(dtype)
+        bias = bias.to(x.dtype)
     seed = _philox.new_seed(x.device) if dropout > 0.0 else None
     y: Tensor = _lora(
-        x, weight, bias, a.to(dtype), b.to(dtype), scale, dropout, seed, absmax, nested_absmax,
-        nested_offset, blocksize,
-    )[0]  # fmt: skip
+        x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, nested_offset, blocksize
+    )[0]
     return y

@@ -38,11 +38,11 @@ class NestedScales(NamedTuple):
 
 
 def missing_kernel(tensor: Tensor, dtype: torch.dtype) -> str:
-    """Why no compiled NF4 kernel serves this element type on the tensor's device; empty if one does."""
+    """Why no compiled kernel serves this element type on the tensor's device; empty if one does."""
     if _extension.C is None:
         return _extension.reason
     if dtype not in _extension.DTYPES:
-        return f"no NF4 kernel takes {dtype}"
+        return f"no compiled kernel takes {dtype}"
     if tensor.device.type == "cuda" and not _extension.has_cuda():
         return "the extension was built without CUDA (PYFAST_CUDA=OFF or no nvcc)"
     return ""

@@ -9,13 +9,13 @@ Letters: M tokens, N out features, K in features, B quantisation blocks.
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 from torch import Tensor
 
 from pyfast.ops import _check, _library
 from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops._scratch import scratch, scratch_lock
 from pyfast.ops.nf4 import FLOATS, dequantize_into, dequantize_reference, missing_kernel
 
 _SLAB_ELEMENTS = 1 << 24
@@ -77,14 +77,14 @@ def _linear_kernel(
     if out.numel() == 0:
         return out
     if whole:
-        with _scratch_lock:
+        with scratch_lock:
             w = scratch(out_features * k, x).view(out_features, k)
             dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
             return torch.nn.functional.linear(x, w, bias)
     x_mk, out_mn = x.reshape(-1, k), out.view(-1, out_features)
     for start, stop in _slabs(out_features, k, blocksize):
         part = None if bias is None else bias[start:stop]
-        with _scratch_lock:
+        with scratch_lock:
             w = scratch((stop - start) * k, x).view(stop - start, k)
             dequantize_into(
                 w, packed, absmax, blocksize, nested_absmax, offset, start * k // blocksize
@@ -127,33 +127,10 @@ def _linear_backward_kernel(
     # once a slab; the whole matrix goes into a reused buffer instead.
     n = grad_y.shape[-1]
     _library.record("nf4_linear_backward", "nf4_linear_scratch")
-    with _scratch_lock:
+    with scratch_lock:
         w = scratch(n * in_features, grad_y).view(n, in_features)
         dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
         return grad_y @ w
-
-
-_scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-_scratch_lock = threading.Lock()
-"""Held from `scratch` to the product's launch: threads share the buffer, and both steps drop the GIL."""
-
-
-def scratch(numel: int, like: Tensor) -> Tensor:
-    """A buffer of `numel` elements, reused per device, dtype and stream: valid until the next call.
-
-    Work on one stream is ordered, so the next user's writes come after the last one's reads. Inside a
-    CUDA-graph capture a fresh tensor is returned: a graph owns the memory it replays on.
-    """
-    stream = 0
-    if like.device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return like.new_empty((numel,))
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-    key = (like.device, like.dtype, stream)
-    held = _scratch.get(key)
-    if held is None or held.numel() < numel:
-        held = _scratch[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
-    return held[:numel]
 
 
 _NESTED = "int blocksize, Tensor? nested_absmax, Tensor? offset) -> Tensor"

@@ -8,6 +8,7 @@ import torch
 
 from pyfast import ops
 from pyfast.testing import assert_accurate, seeded
+from tests.cases import bottleneck_args
 
 F = torch.nn.functional
 
@@ -33,10 +34,21 @@ def test_scale(rows, dtype, device):
         assert_accurate(got, rough, true)
 
 
-def test_a_float32_scale_on_half_activations_rounds_once(device):
-    x = seeded((4, 32), seed=1, dtype=torch.bfloat16, device=device)
-    scale = seeded((32,), seed=2, device=device)
-    assert torch.equal(ops.adapter_scale(x, scale), (x.float() * scale).bfloat16())
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_scaled_product_is_formed_in_float32_and_rounded_once(dtype, kind, device):
+    dense = seeded((64, 7, 4), seed=1, dtype=dtype, device=device)
+    scale = seeded((64,), seed=2, dtype=kind, device=device).requires_grad_()
+    for x in (dense.view(28, 64), dense.permute(2, 1, 0)):  # rows, and columns outermost
+        leaf = x.detach().requires_grad_()
+        y = ops.adapter_scale(leaf, scale)
+        dy = seeded(y.shape, seed=3, dtype=dtype, device=device)
+        dx, dscale = torch.autograd.grad(y, (leaf, scale), dy)
+        assert y.is_contiguous()
+        assert torch.equal(y, (x.float() * scale.float()).to(dtype))
+        assert torch.equal(dx, (dy.float() * scale.float()).to(dtype))
+        exact = (dy.double() * x.double()).flatten(0, -2).sum(0)
+        torch.testing.assert_close(dscale, exact.to(kind))
 
 
 def module(x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation):
@@ -74,6 +86,27 @@ def test_bottleneck(dtype, norm, activation, device):
     plain = grads(reference, inputs, dy)
     for got, rough, true in zip(grads(ours, inputs, dy), plain, exact, strict=True):
         assert_accurate(got, rough, true)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_bottlenecks_backward_gives_what_is_wanted_and_nothing_else(norm, device):
+    case = bottleneck_args(
+        (5,), 12, 3, device, torch.float32, norm=norm, biases=True, activation="silu"
+    )
+    x, down, up, _, _, norm_weight, norm_bias, *constants = (
+        t.detach() if isinstance(t, torch.Tensor) else t for t in case
+    )
+    dy, h = seeded((5, 12), seed=9, device=device), seeded((5, 3), seed=10, device=device)
+    backward = ops.OPS["adapter_bottleneck_backward"].overload
+
+    def grads(wanted):
+        return backward(dy, h, x, down, up, norm_weight, norm_bias, *constants, wanted)
+
+    count = 7 if norm else 5
+    every = grads([i < count for i in range(7)])
+    for one in range(count):
+        for i, grad in enumerate(grads([i == one for i in range(7)])):
+            assert torch.equal(grad, every[i] if i == one else grad.new_empty(0))
 
 
 def test_a_zero_up_projection_is_the_identity(device):

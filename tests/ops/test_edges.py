@@ -212,6 +212,37 @@ def test_an_empty_tensor_is_quantised_and_restored(nested, device):
     assert not x.grad.any()
 
 
+@pytest.mark.parametrize(("n", "k"), [(3, 0), (0, 4), (0, 0)])
+@pytest.mark.parametrize("m", [(5,), (2, 5), (0,), ()])
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_layers_without_features_do_as_linear(nf4, m, n, k, device):
+    x = torch.ones((*m, k), device=device, requires_grad=True)
+    w = torch.zeros(n, k, device=device)
+    bias, a, b = (torch.ones(s, device=device, requires_grad=True) for s in ((n,), (2, k), (n, 2)))
+    codes, absmax = ops.nf4_quantize(w)
+    scales = {"absmax": absmax} if nf4 else {}
+    y = ops.lora_linear(x, codes if nf4 else w, a, b, scale=1.0, bias=bias, dropout=0.5, **scales)
+    assert torch.equal(y, F.linear(x, w, bias))
+    y.sum().backward()
+    want = torch.autograd.grad(F.linear(x, w, bias).sum(), (x, bias))
+    assert torch.equal(x.grad, want[0])
+    assert torch.equal(bias.grad, want[1])
+    assert not a.grad.any()
+    assert not b.grad.any()
+    plain = ops.nf4_linear(x, codes, absmax, bias.detach(), out_features=n)
+    assert torch.equal(plain, F.linear(x, w, bias))
+    assert torch.equal(torch.autograd.grad(plain.sum(), x)[0], want[0])
+
+
+def test_adapters_without_features(device):
+    x = torch.ones(2, 3, 0, device=device, requires_grad=True)
+    down, up, none = (torch.zeros(s, device=device) for s in ((4, 0), (0, 4), (0,)))
+    for y in (ops.adapter_scale(x, none), ops.adapter_bottleneck(x, down, up)):
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+
+
 def test_a_zero_block_under_nested_scales(device):
     """Its scale comes back near zero, not as zero: code 7 keeps the weights zero."""
     w = seeded((512 * 64,), seed=1, device=device)
@@ -303,6 +334,7 @@ def _by_batch(device):
         "lora_linear with dropout": lambda x: ops.lora_linear(
             x, codes, a, b, scale=scale, dropout=0.25, absmax=absmax, **nested
         ),
+        "dropout": lambda x: ops.dropout(x, 0.25),
         "adapter_scale": lambda x: ops.adapter_scale(x, a[0]),
         "adapter_bottleneck": lambda x: ops.adapter_bottleneck(x, down, up),
     }
@@ -311,6 +343,7 @@ def _by_batch(device):
 @pytest.mark.parametrize(
     "name",
     [
+        "dropout",
         "nf4_linear",
         "lora_linear",
         "lora_linear with dropout",

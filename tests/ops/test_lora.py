@@ -152,7 +152,7 @@ def test_checkpointing_draws_the_same_mask_again(reentrant, device):
 
 
 def test_what_is_saved_for_backward(device):
-    m, n, k, r = 64, 48, 96, 4
+    m, n, k, r = 64, 48, 96, 8
     x = seeded((m, k), seed=1, device=device).requires_grad_()
     w = seeded((n, k), seed=2, device=device)
     a, b = (seeded(s, seed=3, device=device).requires_grad_() for s in ((r, k), (n, r)))
@@ -213,6 +213,33 @@ def test_error_texts(change, error, text):
     with pytest.raises(error) as caught:
         ops.lora_linear(t["x"], t["w"], t["a"], t["b"], scale=1.0, bias=t["bias"], dropout=dropout)
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"absmax": torch.ones(1)}, "lora_linear: absmax has 1 values, 2 are needed for 128"),
+        ({"weight": torch.zeros(7, 1, dtype=torch.uint8)}, "lora_linear: packed has 7 values, 64"),
+        ({"nested_absmax": torch.ones(1)}, "lora_linear: nested_absmax and offset go together"),
+        ({"blocksize": 48}, "lora_linear: blocksize must be one of"),
+    ],
+)
+def test_malformed_nf4_parts_are_named_before_anything_runs(change, text, compiled):
+    codes, absmax, _, _ = packed(8, 16, "cpu")
+    x, a, b = torch.zeros(2, 16), torch.zeros(3, 16), torch.zeros(8, 3)
+    parts = {"weight": codes, "absmax": absmax, **change}
+
+    def call(x):
+        return ops.lora_linear(x, a=a, b=b, scale=1.0, **parts)
+
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(call, fullgraph=True, backend="eager")
+    with ops.recorded_kernels() as ran, pytest.raises(Exception, match=text) as caught:
+        call(x)
+    assert compiled or isinstance(caught.value, ValueError)
+    assert [name for op, name in ran if op != "lora_linear"] == []
 
 
 def test_a_weight_of_another_dtype_is_refused():

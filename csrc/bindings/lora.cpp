@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lora/lora.h"
+
+#include <pybind11/stl.h>
+
+#include <utility>
+
+#include "bindings/bindings.h"
+
+namespace py = pybind11;
+
+namespace pyfast {
+
+#ifdef PYFAST_CUDA
+namespace {
+
+using Address = std::uintptr_t;
+
+lora::Problem problem(int dtype, int adapter_dtype, std::int64_t m, std::int64_t n, std::int64_t k,
+                      std::int64_t r, Address x, std::int64_t pitch_x, Address w,
+                      std::int64_t pitch_w, bool by_out, Address a, Address b, float scale,
+                      std::int64_t pitch_z, Address seed, std::uint32_t threshold,
+                      Address workspace, Address counters) {
+  return {.dtype = static_cast<DType>(dtype),
+          .adapter_dtype = static_cast<DType>(adapter_dtype),
+          .m = m,
+          .n = n,
+          .k = k,
+          .r = r,
+          .x = pointer<const void>(x),
+          .pitch_x = pitch_x,
+          .w = pointer<const void>(w),
+          .pitch_w = pitch_w,
+          .by_out = by_out,
+          .a = pointer<const void>(a),
+          .b = pointer<const void>(b),
+          .scale = scale,
+          .pitch_z = pitch_z,
+          .seed = pointer<const std::int64_t>(seed),
+          .threshold = threshold,
+          .workspace = pointer<void>(workspace),
+          .counters = pointer<unsigned>(counters)};
+}
+
+void forward(int device, Address stream, int dtype, int adapter_dtype, std::int64_t m,
+             std::int64_t n, std::int64_t k, std::int64_t r, Address x, std::int64_t pitch_x,
+             Address w, std::int64_t pitch_w, bool by_out, Address a, Address b, float scale,
+             std::int64_t pitch_z, Address seed, std::uint32_t threshold, Address workspace,
+             Address counters, Address bias, Address y, Address z) {
+  lora::Forward params{problem(dtype, adapter_dtype, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a,
+                               b, scale, pitch_z, seed, threshold, workspace, counters)};
+  params.bias = pointer<const void>(bias);
+  params.y = pointer<void>(y);
+  params.z = pointer<void>(z);
+  lora::forward(params, {device, 1, pointer<void>(stream)});
+}
+
+void backward(int device, Address stream, int dtype, int adapter_dtype, std::int64_t m,
+              std::int64_t n, std::int64_t k, std::int64_t r, Address x, std::int64_t pitch_x,
+              Address w, std::int64_t pitch_w, bool by_out, Address a, Address b, float scale,
+              std::int64_t pitch_z, Address seed, std::uint32_t threshold, Address workspace,
+              Address counters, Address dy, std::int64_t pitch_dy, Address z, Address dz,
+              Address dx, Address da, Address db) {
+  lora::Backward params{problem(dtype, adapter_dtype, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a,
+                                b, scale, pitch_z, seed, threshold, workspace, counters)};
+  params.dy = pointer<const void>(dy);
+  params.pitch_dy = pitch_dy;
+  params.z = pointer<const void>(z);
+  params.dz = pointer<void>(dz);
+  params.dx = pointer<void>(dx);
+  params.da = pointer<void>(da);
+  params.db = pointer<void>(db);
+  lora::backward(params, {device, 1, pointer<void>(stream)});
+}
+
+lora::Problem shape(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r) {
+  lora::Problem problem;
+  problem.m = m, problem.n = n, problem.k = k, problem.r = r;
+  return problem;
+}
+
+std::pair<std::string, std::string> gemm_name(int device, std::int64_t m, std::int64_t n,
+                                              std::int64_t k, std::int64_t pitch_w, bool by_out,
+                                              bool transposed) {
+  lora::Problem asked = shape(m, n, k, 0);
+  asked.pitch_w = pitch_w;
+  asked.by_out = by_out;
+  std::string reason;
+  const std::string_view name = lora::gemm_name(asked, transposed, device, &reason);
+  return {std::string(name), reason};
+}
+
+void gemm(int device, Address stream, int dtype, bool by_out, std::int64_t m, std::int64_t n,
+          std::int64_t k, std::int64_t r, Address x, Address w, Address z, Address b,
+          std::int64_t pitch_r, Address bias, Address y, int kernel, int swizzle, bool along_n) {
+  lora::GemmArgs args{.dtype = static_cast<DType>(dtype),
+                      .by_out = by_out,
+                      .x = pointer<const void>(x),
+                      .w = pointer<const void>(w),
+                      .z = pointer<const void>(z),
+                      .b = pointer<const void>(b),
+                      .bias = pointer<const void>(bias),
+                      .y = pointer<void>(y),
+                      .pitch_x = k,
+                      .pitch_w = by_out ? k : n,
+                      .pitch_z = pitch_r,
+                      .pitch_b = by_out ? pitch_r : n,
+                      .pitch_y = n,
+                      .m = static_cast<int>(m),
+                      .n = static_cast<int>(n),
+                      .k = static_cast<int>(k),
+                      .r = static_cast<int>(r)};
+  lora::gemm(args, {kernel, swizzle, along_n}, {device, 1, pointer<void>(stream)});
+}
+
+}  // namespace
+
+void bind_lora(py::module_& m) {
+  m.def("lora_forward", &forward, Unlocked(), "Enqueue z and, unless w is 0, y.");
+  m.def("lora_backward", &backward, Unlocked(), "Enqueue the gradients whose pointer is not 0.");
+  m.def(
+      "lora_workspace",
+      [](int device, std::int64_t rows, std::int64_t n, std::int64_t k, std::int64_t r) {
+        return lora::workspace(shape(rows, n, k, r), device);
+      },
+      "Bytes of workspace that both directions need.");
+  m.def("lora_gemm_name", &gemm_name, "The GEMM kernel for a shape, or an empty name and why.");
+  m.def("lora_gemm", &gemm, Unlocked(), "One GEMM with a given plan; for measuring.");
+  m.def("lora_gemm_kernels", [] {
+    py::list names;
+    for (const std::string_view name : lora::kGemmNames) names.append(name);
+    return names;
+  });
+  m.attr("lora_counters") = lora::kCounters;
+}
+
+#else
+
+void bind_lora(py::module_&) {}
+
+#endif
+
+}  // namespace pyfast

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernels make a LoRA linear, and in which order they are launched.
+#include <algorithm>
+#include <type_traits>
+
+#include "common/check.h"
+#include "common/launch.h"
+#include "common/philox.h"
+#include "lora/kernels.h"
+#include "lora/lora.h"
+
+namespace pyfast::lora {
+namespace {
+
+constexpr std::string_view kOp = "lora_linear";
+
+void check(const Problem& problem, const Placement& place) {
+  constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 256;
+  PYFAST_CHECK(!place.on_cpu(), kOp, ": these kernels run on cuda");
+  PYFAST_CHECK(problem.dtype == DType::f16 || problem.dtype == DType::bf16, kOp,
+               ": dtype must be 1 (float16) or 2 (bfloat16), got ",
+               static_cast<int>(problem.dtype));
+  check_dtype(kOp, problem.adapter_dtype);
+  for (const std::int64_t size : {problem.m, problem.n, problem.k, problem.r}) {
+    PYFAST_CHECK(size > 0 && size <= kMost, kOp, ": sizes must be from 1 to ", kMost, ", got ",
+                 size);
+  }
+  PYFAST_CHECK(problem.pitch_z % 8 == 0 && problem.pitch_z >= problem.r, kOp,
+               ": pitch_z must be a multiple of 8 and at least ", problem.r, ", got ",
+               problem.pitch_z);
+  check_pointer(kOp, "a", problem.a);
+  check_pointer(kOp, "b", problem.b);
+  check_pointer(kOp, "workspace", problem.workspace);
+  check_pointer(kOp, "counters", problem.counters);
+}
+
+#ifdef PYFAST_CUDA
+
+bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
+std::int64_t round_up(std::int64_t value, std::int64_t to) { return ceil_div(value, to) * to; }
+
+// Carves the workspace; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  void* take(std::int64_t bytes) {
+    char* taken = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += round_up(bytes, 128);
+    return taken;
+  }
+  std::int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::int64_t used_ = 0;
+};
+
+// A factor as a kernel takes it.
+struct Factor {
+  const void* data = nullptr;
+  std::int64_t pitch = 0;
+};
+
+// The factors as they are, or compute copies of them where the type, the pitch or the orientation
+// does not fit; the copies are made by one kernel ahead of the others.
+class Factors {
+ public:
+  Factors(const Problem& problem, Arena& arena) : problem_(problem), arena_(arena) {}
+
+  // [rows, cols] or, transposed, [cols, rows].
+  Factor take(const void* from, std::int64_t rows, std::int64_t cols, bool transpose) {
+    const bool fits = problem_.adapter_dtype == problem_.dtype && cols % 8 == 0 && aligned(from);
+    if (!transpose && fits) return {from, cols};
+    PackArgs& pack = packs_[count_++];
+    pack.from = from;
+    pack.from_dtype = problem_.adapter_dtype;
+    pack.rows = static_cast<int>(rows);
+    pack.cols = static_cast<int>(cols);
+    pack.transpose = transpose;
+    pack.to_dtype = problem_.dtype;
+    pack.pitch = round_up(transpose ? rows : cols, 8);
+    pack.to = arena_.take((transpose ? cols : rows) * pack.pitch * 2);
+    return {pack.to, pack.pitch};
+  }
+
+  // The order in which the next kernel follows.
+  Order launch(void* stream) {
+    if (count_ == 0) return Order::kAlone;
+    if (count_ == 1) packs_[1].from = nullptr;
+    launch_pack(packs_[0], packs_[1], stream);
+    return Order::kAfter;
+  }
+
+ private:
+  const Problem& problem_;
+  Arena& arena_;
+  PackArgs packs_[2];
+  int count_ = 0;
+};
+
+// The common part of the products that contract with, or give, R.
+SkinnyArgs skinny(const Problem& problem, const void* t, std::int64_t pitch, std::int64_t cols) {
+  SkinnyArgs args;
+  args.dtype = problem.dtype;
+  args.t = t;
+  args.pitch_t = pitch;
+  args.rows = static_cast<int>(problem.m);
+  args.cols = static_cast<int>(cols);
+  args.pitch_p = problem.pitch_z;
+  args.scale = problem.scale;
+  args.counters = problem.counters;
+  return args;
+}
+
+void add_dropout(const Problem& problem, SkinnyArgs* args) {
+  args->seed = problem.seed;
+  args->threshold = problem.threshold;
+  args->keep_scale = keep_scale(problem.threshold);
+}
+
+// Launches the product for each part of at most `step` ranks; the parts follow one another.
+void by_rank(SkinnyArgs args, std::int64_t rank, int step, Order order, int sm_count,
+             void* stream) {
+  const auto advance = [](auto* pointer, std::int64_t elements, DType dtype) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(pointer)>>,
+                                    const char, char>;
+    if (pointer == nullptr) return pointer;
+    return static_cast<decltype(pointer)>(static_cast<Byte*>(pointer) +
+                                          elements * (dtype == DType::f32 ? 4 : 2));
+  };
+  auto* launch = args.dtype == DType::bf16 ? launch_skinny_bf16 : launch_skinny_f16;
+  for (std::int64_t at = 0; at < rank; at += step) {
+    args.rank = static_cast<int>(std::min<std::int64_t>(step, rank - at));
+    launch(args, order, sm_count, stream);
+    order = Order::kAlone;
+    args.u = advance(args.u, args.u_by_rank ? step * args.pitch_u : step, args.dtype);
+    args.p = advance(args.p, step, args.dtype);
+    args.v = advance(args.v, step, args.dtype);
+    args.q = advance(args.q, args.q_by_rank ? step * args.pitch_q : step, args.dtype_q);
+  }
+}
+
+std::int64_t most_partials(const Problem& problem, int sm_count) {
+  std::int64_t most = 0;
+  const auto consider = [&](std::int64_t cols, bool rows, bool by_rank) {
+    SkinnyArgs args = skinny(problem, nullptr, 0, cols);
+    args.rank = static_cast<int>(std::min<std::int64_t>(problem.r, kSkinnyRank));
+    args.u = rows ? &args : nullptr;  // only whether it is null matters here
+    args.u_by_rank = by_rank;
+    most = std::max(most, skinny_workspace(args, sm_count));
+  };
+  consider(problem.k, true, true);
+  consider(problem.n, true, false);
+  consider(problem.n, false, false);
+  consider(problem.k, false, false);
+  return most;
+}
+
+void launch_gemm(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool overlap,
+                 void* stream) {
+#ifdef PYFAST_SM90
+  const bool bf16 = args.dtype == DType::bf16;
+  auto* launch = args.by_out ? (bf16 ? launch_gemm_sm90_bf16_tn : launch_gemm_sm90_f16_tn)
+                             : (bf16 ? launch_gemm_sm90_bf16_nn : launch_gemm_sm90_f16_nn);
+  launch(args, plan, sm_count, overlap, stream);
+#else
+  PYFAST_CHECK(false, kOp, ": this build has no kernels for sm_90a");
+#endif
+}
+
+#endif
+
+}  // namespace
+
+#ifdef PYFAST_CUDA
+
+std::int64_t workspace(const Problem& problem, int device) {
+  const int sm_count = cuda_device(device).sm_count;
+  const std::int64_t pitch_r = round_up(problem.r, 8);
+  // Partial sums of two products that may run at once, and compute copies of A and B.
+  return 2 * round_up(most_partials(problem, sm_count), 128) +
+         2 * round_up(pitch_r * round_up(problem.k, 8) * 2, 128) +
+         2 * round_up(pitch_r * round_up(problem.n, 8) * 2, 128);
+}
+
+std::string_view gemm_name(const Problem& problem, bool transposed, int device,
+                           std::string* reason) {
+  const int sm = cuda_device(device).sm;
+#ifdef PYFAST_SM90
+  constexpr bool kBuilt = true;
+#else
+  constexpr bool kBuilt = false;
+#endif
+  if (!kBuilt) {
+    *reason = "this build has no kernels for sm_90a";
+  } else if (sm / 10 != 9) {
+    *reason = concat("the sm90 kernels need compute capability 9.0, device ", device, " has ",
+                     sm / 10, ".", sm % 10);
+  } else if (problem.n % 8 != 0 || problem.k % 8 != 0 || problem.pitch_w % 8 != 0) {
+    *reason = concat("in and out features and the weight's pitch must be multiples of 8, got ",
+                     problem.k, ", ", problem.n, " and ", problem.pitch_w);
+  } else if (!aligned(problem.w) || !aligned(problem.x)) {
+    *reason = "the input or the weight does not lie on 16 bytes";
+  } else {
+    const GemmPlan plan = transposed ? plan_gemm(!problem.by_out, problem.m, problem.k, problem.n)
+                                     : plan_gemm(problem.by_out, problem.m, problem.n, problem.k);
+    if (plan.kernel >= 0) return kGemmNames[plan.kernel];
+    *reason = concat("torch's GEMM is faster for ", problem.m, " rows, ", problem.k, " to ",
+                     problem.n, " features");
+  }
+  return {};
+}
+
+void gemm(const GemmArgs& args, const GemmPlan& plan, const Placement& place) {
+  const DeviceGuard guard(place.device);
+  launch_gemm(args, plan, cuda_device(place.device).sm_count, false, place.stream);
+}
+
+void forward(const Forward& params, const Placement& place) {
+  check(params, place);
+  check_pointer(kOp, "z", params.z);
+  const DeviceGuard guard(place.device);
+  const int sm_count = cuda_device(place.device).sm_count;
+  Arena arena(params.workspace);
+  void* partials = arena.take(most_partials(params, sm_count));
+
+  Factors factors(params, arena);
+  const Factor a = factors.take(params.a, params.r, params.k, false);
+  Factor b;
+  if (params.w != nullptr) b = factors.take(params.b, params.n, params.r, !params.by_out);
+  const Order order = factors.launch(place.stream);
+
+  SkinnyArgs z = skinny(params, params.x, params.pitch_x, params.k);
+  z.u = a.data;
+  z.pitch_u = a.pitch;
+  z.u_by_rank = true;
+  z.p = params.z;
+  z.partials = static_cast<float*>(partials);
+  if (params.seed != nullptr) add_dropout(params, &z);
+  by_rank(z, params.r, kSkinnyRank, order, sm_count, place.stream);
+  if (params.w == nullptr) return;
+
+  GemmArgs gemm;
+  gemm.dtype = params.dtype;
+  gemm.by_out = params.by_out;
+  gemm.x = params.x, gemm.pitch_x = params.pitch_x;
+  gemm.w = params.w, gemm.pitch_w = params.pitch_w;
+  gemm.z = params.z, gemm.pitch_z = params.pitch_z;
+  gemm.b = b.data, gemm.pitch_b = b.pitch;
+  gemm.bias = params.bias;
+  gemm.y = params.y, gemm.pitch_y = params.n;
+  gemm.m = static_cast<int>(params.m), gemm.n = static_cast<int>(params.n);
+  gemm.k = static_cast<int>(params.k), gemm.r = static_cast<int>(params.r);
+  launch_gemm(gemm, plan_gemm(params.by_out, params.m, params.n, params.k), sm_count, true,
+              place.stream);
+}
+
+void backward(const Backward& params, const Placement& place) {
+  check(params, place);
+  check_pointer(kOp, "dz", params.dz);
+  const DeviceGuard guard(place.device);
+  const int sm_count = cuda_device(place.device).sm_count;
+  const bool want_dz = params.dx != nullptr || params.da != nullptr;
+  const bool gemm_runs = params.dx != nullptr && params.w != nullptr;
+  Arena arena(params.workspace);
+  void* partials = arena.take(most_partials(params, sm_count));
+  void* partials_beside = arena.take(most_partials(params, sm_count));
+
+  Factors factors(params, arena);
+  Factor a, b;
+  if (want_dz) b = factors.take(params.b, params.n, params.r, false);
+  if (gemm_runs) a = factors.take(params.a, params.r, params.k, !params.by_out);
+  Order order = factors.launch(place.stream);
+
+  SkinnyArgs ranks = skinny(params, params.dy, params.pitch_dy, params.n);
+  ranks.partials = static_cast<float*>(partials);
+  SkinnyArgs dz = ranks, db = ranks;
+  dz.u = b.data;
+  dz.pitch_u = b.pitch;
+  dz.p = params.dz;
+  db.v = params.z;
+  db.pitch_v = params.pitch_z;
+  db.q = params.db;
+  db.pitch_q = params.r;
+  db.dtype_q = params.adapter_dtype;
+  // dz last: what follows waits for it.
+  if (params.db != nullptr) {
+    by_rank(db, params.r, kSkinnyRank, order, sm_count, place.stream);
+    order = Order::kAlone;
+  }
+  if (want_dz) by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
+
+  if (gemm_runs) {
+    GemmArgs gemm;
+    gemm.dtype = params.dtype;
+    gemm.by_out = !params.by_out;
+    gemm.x = params.dy, gemm.pitch_x = params.pitch_dy;
+    gemm.w = params.w, gemm.pitch_w = params.pitch_w;
+    gemm.z = params.dz, gemm.pitch_z = params.pitch_z;
+    gemm.b = a.data, gemm.pitch_b = a.pitch;
+    gemm.y = params.dx, gemm.pitch_y = params.k;
+    gemm.m = static_cast<int>(params.m), gemm.n = static_cast<int>(params.k);
+    gemm.k = static_cast<int>(params.n), gemm.r = static_cast<int>(params.r);
+    launch_gemm(gemm, plan_gemm(!params.by_out, params.m, params.k, params.n), sm_count, true,
+                place.stream);
+  }
+  if (params.da != nullptr) {
+    SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
+    da.v = params.dz;
+    da.pitch_v = params.pitch_z;
+    da.q = params.da;
+    da.pitch_q = params.k;
+    da.dtype_q = params.adapter_dtype;
+    da.q_by_rank = true;
+    da.partials = static_cast<float*>(partials_beside);
+    if (params.seed != nullptr) add_dropout(params, &da);
+    // The first part fills the SMs that the GEMM's last tiles leave.
+    by_rank(da, params.r, kSkinnyRank, gemm_runs ? Order::kBeside : Order::kAlone, sm_count,
+            place.stream);
+  }
+}
+
+#endif
+
+std::vector<VariantInfo> variants(std::string_view op) {
+  if (op != kOp) return {};
+#ifdef PYFAST_CUDA
+  // All of it, and the products with A and B alone around torch's GEMM.
+  return {{"lora_linear_sm90", true, missing_cuda(90)},
+          {"lora_linear_sm80", true, missing_cuda(80)}};
+#else
+  return {{"lora_linear_sm90", true, "this build has no CUDA kernels"}};
+#endif
+}
+
+}  // namespace pyfast::lora

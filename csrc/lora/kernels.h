@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launchers that dispatch.cpp puts together. All enqueue on the current device.
+#pragma once
+
+#include "lora/gemm.h"
+#include "lora/lora.h"
+#include "lora/skinny.h"
+
+namespace pyfast::lora {
+
+// How a grid follows the one before it in the stream.
+enum class Order {
+  kAlone,   // when that one has ended
+  kAfter,   // launched early; waits for its end before it reads
+  kBeside,  // launched early; needs nothing of it, and ends after it
+};
+
+// Most ranks of one skinny product.
+inline constexpr int kSkinnyRank = 128;
+
+std::int64_t skinny_workspace(const SkinnyArgs& args, int sm_count);
+void launch_skinny_bf16(const SkinnyArgs& args, Order order, int sm_count, void* stream);
+void launch_skinny_f16(const SkinnyArgs& args, Order order, int sm_count, void* stream);
+
+// Copies a matrix into a pitch, a type and an orientation that the kernels take.
+struct PackArgs {
+  const void* from = nullptr;  // [rows, cols], contiguous
+  DType from_dtype = DType::f32;
+  int rows = 0, cols = 0;
+  bool transpose = false;
+  void* to = nullptr;  // [rows, pitch], or [cols, pitch] transposed; what is beyond is zero
+  DType to_dtype = DType::bf16;
+  std::int64_t pitch = 0;
+};
+void launch_pack(const PackArgs& first, const PackArgs& second, void* stream);
+
+// `overlap`: launched while the grid before it still runs, which must be the one that makes z.
+void launch_gemm_sm90_bf16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
+void launch_gemm_sm90_bf16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
+void launch_gemm_sm90_f16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
+void launch_gemm_sm90_f16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
+
+}  // namespace pyfast::lora

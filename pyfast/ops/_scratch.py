@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device memory that ops reuse from call to call."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+_buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+scratch_lock = threading.Lock()
+"""Held from `scratch` to the last launch that uses it: threads share buffers, and launches drop the GIL."""
+
+
+def scratch(numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A buffer of `numel` elements, reused per device, dtype and stream: valid until the next call.
+
+    Work on one stream is ordered, so the next user's writes come after the last one's reads. Inside a
+    CUDA-graph capture a fresh tensor is returned: a graph owns the memory it replays on.
+
+    Args:
+        numel: elements.
+        like: a tensor on the device.
+        dtype: default that of `like`.
+    """
+    dtype = dtype or like.dtype
+    stream = 0
+    if like.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return like.new_empty((numel,), dtype=dtype)
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+    key = (like.device, dtype, stream)
+    held = _buffers.get(key)
+    if held is None or held.numel() < numel:
+        held = _buffers[key] = torch.empty(numel, dtype=dtype, device=like.device)
+    return held[:numel]
+
+
+def counters(numel: int, like: Tensor) -> Tensor:
+    """`numel` int32 zeros per CUDA device and stream for kernels that leave zeros behind."""
+    if torch.cuda.is_current_stream_capturing():
+        return like.new_zeros((numel,), dtype=torch.int32)
+    key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
+    held = _counters.get(key)
+    if held is None:
+        held = _counters[key] = torch.zeros(numel, dtype=torch.int32, device=like.device)
+    return held

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels of the LoRA linear: which one runs, and how near it is to float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from pyfast import _extension, ops
+from pyfast.ops import _library, _philox
+from pyfast.testing import seeded
+from tests.cases import packed
+
+pytestmark = pytest.mark.gpu
+
+HALVES = (torch.bfloat16, torch.float16)
+SHAPES = [(256, 512, 768), (1, 64, 64), (130, 1024, 1032), (513, 136, 8), (1000, 4104, 520)]
+RANKS = (1, 3, 8, 16, 24, 33, 64, 100, 128, 200, 256)
+SCALE = 0.75
+SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def operands(m, k, n, r, dtype, adapter_dtype, by_out):
+    """x, W, A, B and dy; W is [N, K], a transposed view where it is stored by in feature."""
+    x = seeded((m, k), seed=1, dtype=dtype, device="cuda").requires_grad_()
+    shape = (n, k) if by_out else (k, n)
+    w = seeded(shape, seed=2, dtype=dtype, device="cuda", scale=k**-0.5)
+    a = seeded((r, k), seed=3, dtype=adapter_dtype, device="cuda", scale=k**-0.5).requires_grad_()
+    b = seeded((n, r), seed=4, dtype=adapter_dtype, device="cuda", scale=r**-0.5).requires_grad_()
+    dy = seeded((m, n), seed=5, dtype=dtype, device="cuda")
+    return x, w if by_out else w.t(), a, b, dy
+
+
+def exact(x, w, a, b, dy, mask=1.0):
+    """y, dx, dA and dB in float64."""
+    x, w, a, b, dy = (t.detach().double() for t in (x, w, a, b, dy))
+    dropped = x * mask
+    z = SCALE * dropped @ a.t()
+    dz = SCALE * dy @ b
+    return x @ w.t() + z @ b.t(), dy @ w + dz @ a * mask, dz.t() @ dropped, dy.t() @ z
+
+
+def composed(x, w, a, b, dy, mask=1.0):
+    """The same by torch in x's dtype."""
+    x, a, b = (t.detach().to(x.dtype).requires_grad_() for t in (x, a, b))
+    linear = torch.nn.functional.linear
+    y = linear(x, w) + SCALE * linear(linear(x * mask, a), b)
+    y.backward(dy)
+    return y.detach(), x.grad, a.grad, b.grad
+
+
+def check(got, expected, plain):
+    for name, g, e, p in zip(("y", "dx", "dA", "dB"), got, expected, plain, strict=True):
+        ours, theirs = (g.double() - e).abs(), (p.double() - e).abs()
+        rounding = e.abs().max() * 1e-6
+        assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt() + rounding, name
+        assert ours.max() <= 2 * theirs.max() + rounding, name
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+def test_is_as_near_to_float64_as_torch(shape, rank, dtype):
+    for adapter_dtype, by_out in itertools.product((dtype, torch.float32), (True, False)):
+        x, w, a, b, dy = operands(*shape, rank, dtype, adapter_dtype, by_out)
+        ops.lora_linear(x, w, a, b, scale=SCALE).backward(dy)
+        got = ops.lora_linear(x, w, a, b, scale=SCALE).detach(), x.grad, a.grad, b.grad
+        assert a.grad.dtype == b.grad.dtype == adapter_dtype
+        check(got, exact(x, w, a, b, dy), composed(x, w, a, b, dy))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rank", [3, 16, 33, 128, 200])
+def test_dropout_draws_one_mask_in_all_kernels(shape, rank, dtype, monkeypatch):
+    m, k, _ = shape
+    seed = torch.tensor([5, 9 << 33], device="cuda")
+    monkeypatch.setattr(_philox, "new_seed", lambda device: seed)
+    mask = (_philox.keep_mask(seed, m, k, 0.25) * _philox.keep_scale(0.25)).double()
+    x, w, a, b, dy = operands(*shape, rank, dtype, dtype, True)
+    y = ops.lora_linear(x, w, a, b, scale=SCALE, dropout=0.25)
+    y.backward(dy)
+    expected = exact(x, w, a, b, dy, mask)
+    check((y.detach(), x.grad, a.grad, b.grad), expected, composed(x, w, a, b, dy, mask.to(dtype)))
+
+
+@pytest.mark.skipif(not SM90, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("nf4", [False, True])
+def test_the_kernels_that_serve(nf4):
+    m, k, n, r = 2048, 1024, 2048, 16
+    x, w, a, b, dy = operands(m, k, n, r, torch.bfloat16, torch.float32, True)
+    parts = {}
+    if nf4:
+        w, absmax, inner, offset = packed(n, k, "cuda", nested=True)
+        parts = {"absmax": absmax, "nested_absmax": inner, "nested_offset": offset}
+    with ops.recorded_kernels() as ran:
+        ops.lora_linear(x, w, a, b, scale=SCALE, **parts).backward(dy)
+    served = [(op, name) for op, name in ran if op.startswith("lora")]
+    names = _extension.C.lora_gemm_kernels()
+    assert [op for op, _ in served] == ["lora_linear", "lora_linear_backward"]
+    assert all(name in names for _, name in served), served
+    decoded = [name for op, name in ran if op == "nf4_dequantize"]
+    assert decoded == ["nf4_dequantize_cuda"] * (2 if nf4 else 0)
+
+
+def test_small_products_go_through_torch():
+    x, w, a, b, dy = operands(16, 64, 64, 8, torch.bfloat16, torch.bfloat16, True)
+    with ops.recorded_kernels() as ran:
+        ops.lora_linear(x, w, a, b, scale=SCALE).backward(dy)
+    assert [name for _, name in ran] == ["lora_linear_skinny"] * 2
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "dtype"), [(60, 64, HALVES[0]), (64, 60, HALVES[0]), (64, 64, torch.float32)]
+)
+def test_what_no_kernel_takes_is_said_once(k, n, dtype):
+    x, w, a, b, dy = operands(16, k, n, 8, dtype, dtype, True)
+
+    def two_steps():
+        for _ in range(2):
+            ops.lora_linear(x, w, a, b, scale=SCALE).backward(dy)
+
+    _library._warned.clear()
+    with ops.recorded_kernels() as ran, pytest.warns(UserWarning, match="torch reference") as said:
+        two_steps()
+    assert {name for _, name in ran} == {"reference"}
+    assert len([one for one in said if "lora_linear runs" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("rank", [16, 64, 200])
+def test_repeated_runs_are_bit_identical(rank):
+    x, w, a, b, dy = operands(4096, 2048, 1024, rank, torch.bfloat16, torch.float32, True)
+    first = None
+    for _ in range(8):
+        x.grad = a.grad = b.grad = None
+        y = ops.lora_linear(x, w, a, b, scale=SCALE, dropout=0.0)
+        y.backward(dy)
+        results = [y.detach(), x.grad, a.grad, b.grad]
+        first = first or results
+        assert all(torch.equal(p, q) for p, q in zip(first, results, strict=True))
+
+
+def test_only_the_wanted_gradients_are_made():
+    for wanted in itertools.product((False, True), repeat=3):
+        x, w, a, b, dy = operands(300, 256, 512, 16, torch.bfloat16, torch.bfloat16, True)
+        for tensor, want in zip((x, a, b), wanted, strict=True):
+            tensor.requires_grad_(want)
+        y = ops.lora_linear(x, w, a, b, scale=SCALE)
+        if any(wanted):
+            y.backward(dy)
+        expected = exact(x, w, a, b, dy)[1:]
+        for tensor, want, e in zip((x, a, b), wanted, expected, strict=True):
+            assert (tensor.grad is not None) == want
+            if want:
+                assert (tensor.grad.double() - e).norm() < 0.01 * e.norm()
+
+
+def test_two_streams_share_nothing():
+    cases = [operands(1024, 512, 768, 16, torch.bfloat16, torch.float32, True) for _ in range(2)]
+    expected = exact(*cases[0])
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, (x, w, a, b, dy) in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                x.grad = a.grad = b.grad = None
+                ops.lora_linear(x, w, a, b, scale=SCALE).backward(dy)
+    torch.cuda.synchronize()
+    for x, _, a, b, _ in cases:
+        for tensor, e in zip((x, a, b), expected[1:], strict=True):
+            assert (tensor.grad.double() - e).norm() < 0.01 * e.norm()
