@@ -110,7 +110,7 @@ def lora_forward(
     y: int,
     z: int,
     /,
-) -> None: ...
+) -> str: ...
 def lora_backward(
     device: int,
     stream: int,
@@ -141,7 +141,7 @@ def lora_backward(
     da: int,
     db: int,
     /,
-) -> None: ...
+) -> str: ...
 def lora_workspace(device: int, m: int, n: int, k: int, r: int, /) -> int: ...
 def lora_gemm_name(
     device: int, m: int, n: int, k: int, pitch_w: int, by_out: bool, transposed: bool, /

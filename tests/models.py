@@ -101,9 +101,12 @@ def fingerprint(model):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         total.update(bytes(data.tolist()))
     for name, module in model.named_modules():
-        state = {k: v for k, v in vars(module).items() if k in ("active", "_disabled", "merged")}
+        state = {
+            k: v
+            for k, v in vars(module).items()
+            if k in ("active", "_disabled", "merged", "configs")
+        }
         total.update(f"{name} {type(module)} {module.training} {state}".encode())
-    total.update(repr(vars(model).get("_pyfast_configs")).encode())
     return total.hexdigest()
 
 

@@ -42,25 +42,27 @@ lora::Problem problem(int dtype, int adapter_dtype, std::int64_t m, std::int64_t
           .counters = pointer<unsigned>(counters)};
 }
 
-void forward(int device, Address stream, int dtype, int adapter_dtype, std::int64_t m,
-             std::int64_t n, std::int64_t k, std::int64_t r, Address x, std::int64_t pitch_x,
-             Address w, std::int64_t pitch_w, bool by_out, Address a, Address b, float scale,
-             std::int64_t pitch_z, Address seed, std::uint32_t threshold, Address workspace,
-             Address counters, Address bias, Address y, Address z) {
+std::string_view forward(int device, Address stream, int dtype, int adapter_dtype, std::int64_t m,
+                         std::int64_t n, std::int64_t k, std::int64_t r, Address x,
+                         std::int64_t pitch_x, Address w, std::int64_t pitch_w, bool by_out,
+                         Address a, Address b, float scale, std::int64_t pitch_z, Address seed,
+                         std::uint32_t threshold, Address workspace, Address counters, Address bias,
+                         Address y, Address z) {
   lora::Forward params{problem(dtype, adapter_dtype, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a,
                                b, scale, pitch_z, seed, threshold, workspace, counters)};
   params.bias = pointer<const void>(bias);
   params.y = pointer<void>(y);
   params.z = pointer<void>(z);
-  lora::forward(params, {device, 1, pointer<void>(stream)});
+  return lora::forward(params, {device, 1, pointer<void>(stream)});
 }
 
-void backward(int device, Address stream, int dtype, int adapter_dtype, std::int64_t m,
-              std::int64_t n, std::int64_t k, std::int64_t r, Address x, std::int64_t pitch_x,
-              Address w, std::int64_t pitch_w, bool by_out, Address a, Address b, float scale,
-              std::int64_t pitch_z, Address seed, std::uint32_t threshold, Address workspace,
-              Address counters, Address dy, std::int64_t pitch_dy, Address z, Address dz,
-              Address dx, Address da, Address db) {
+std::string_view backward(int device, Address stream, int dtype, int adapter_dtype, std::int64_t m,
+                          std::int64_t n, std::int64_t k, std::int64_t r, Address x,
+                          std::int64_t pitch_x, Address w, std::int64_t pitch_w, bool by_out,
+                          Address a, Address b, float scale, std::int64_t pitch_z, Address seed,
+                          std::uint32_t threshold, Address workspace, Address counters, Address dy,
+                          std::int64_t pitch_dy, Address z, Address dz, Address dx, Address da,
+                          Address db) {
   lora::Backward params{problem(dtype, adapter_dtype, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a,
                                 b, scale, pitch_z, seed, threshold, workspace, counters)};
   params.dy = pointer<const void>(dy);
@@ -70,7 +72,7 @@ void backward(int device, Address stream, int dtype, int adapter_dtype, std::int
   params.dx = pointer<void>(dx);
   params.da = pointer<void>(da);
   params.db = pointer<void>(db);
-  lora::backward(params, {device, 1, pointer<void>(stream)});
+  return lora::backward(params, {device, 1, pointer<void>(stream)});
 }
 
 lora::Problem shape(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), and the
+// Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), and the
 // dropout mask drawn from it, whose layout pyfast/ops/_philox.py has in words. For host and device.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace pyfast {
 
 inline constexpr std::uint32_t kPhiloxMultiplier0 = 0xD2511F53U, kPhiloxMultiplier1 = 0xCD9E8D57U;
 inline constexpr std::uint32_t kPhiloxKeyStep0 = 0x9E3779B9U, kPhiloxKeyStep1 = 0xBB67AE85U;
-inline constexpr int kPhiloxRounds = 10;
+inline constexpr int kPhiloxRounds = 7;
 
 // One block draws 16 bits for each of so many columns.
 inline constexpr int kMaskColumns = 8;
@@ -36,8 +36,8 @@ PYFAST_INLINE PYFAST_HOST_DEVICE std::uint32_t multiply_high(std::uint32_t a, st
 #endif
 }
 
-PYFAST_INLINE PYFAST_HOST_DEVICE PhiloxBlock philox4x32_10(PhiloxBlock counter, std::uint32_t key0,
-                                                           std::uint32_t key1) {
+PYFAST_INLINE PYFAST_HOST_DEVICE PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0,
+                                                        std::uint32_t key1) {
   auto [c0, c1, c2, c3] = counter.words;
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint32_t high0 = multiply_high(kPhiloxMultiplier0, c0);
@@ -69,7 +69,7 @@ PYFAST_INLINE PYFAST_HOST_DEVICE std::uint32_t keep_bits(const MaskSeed& seed, s
                                                          std::uint32_t group,
                                                          std::uint32_t threshold) {
   const PhiloxBlock block =
-      philox4x32_10({{row, group, seed.offset0, seed.offset1}}, seed.key0, seed.key1);
+      philox4x32({{row, group, seed.offset0, seed.offset1}}, seed.key0, seed.key1);
   std::uint32_t bits = 0;
   for (int i = 0; i < 4; ++i) {
     bits |= ((block.words[i] & 0xFFFFU) >= threshold ? 1U : 0U) << 2 * i;

@@ -107,7 +107,6 @@ SkinnyArgs skinny(const Problem& problem, const void* t, std::int64_t pitch, std
   args.rows = static_cast<int>(problem.m);
   args.cols = static_cast<int>(cols);
   args.pitch_p = problem.pitch_z;
-  args.scale = problem.scale;
   args.counters = problem.counters;
   return args;
 }
@@ -115,7 +114,7 @@ SkinnyArgs skinny(const Problem& problem, const void* t, std::int64_t pitch, std
 void add_dropout(const Problem& problem, SkinnyArgs* args) {
   args->seed = problem.seed;
   args->threshold = problem.threshold;
-  args->keep_scale = keep_scale(problem.threshold);
+  args->scale *= keep_scale(problem.threshold);
 }
 
 // Launches the product for each part of at most `step` ranks; the parts follow one another.
@@ -156,13 +155,13 @@ std::int64_t most_partials(const Problem& problem, int sm_count) {
   return most;
 }
 
-void launch_gemm(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool overlap,
+void launch_gemm(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool early,
                  void* stream) {
 #ifdef PYFAST_SM90
   const bool bf16 = args.dtype == DType::bf16;
   auto* launch = args.by_out ? (bf16 ? launch_gemm_sm90_bf16_tn : launch_gemm_sm90_f16_tn)
                              : (bf16 ? launch_gemm_sm90_bf16_nn : launch_gemm_sm90_f16_nn);
-  launch(args, plan, sm_count, overlap, stream);
+  launch(args, plan, sm_count, early, stream);
 #else
   PYFAST_CHECK(false, kOp, ": this build has no kernels for sm_90a");
 #endif
@@ -177,8 +176,8 @@ void launch_gemm(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool 
 std::int64_t workspace(const Problem& problem, int device) {
   const int sm_count = cuda_device(device).sm_count;
   const std::int64_t pitch_r = round_up(problem.r, 8);
-  // Partial sums of two products that may run at once, and compute copies of A and B.
-  return 2 * round_up(most_partials(problem, sm_count), 128) +
+  // Partial sums of products that may run at once, and compute copies of A and B.
+  return 3 * round_up(most_partials(problem, sm_count), 128) +
          2 * round_up(pitch_r * round_up(problem.k, 8) * 2, 128) +
          2 * round_up(pitch_r * round_up(problem.n, 8) * 2, 128);
 }
@@ -216,7 +215,7 @@ void gemm(const GemmArgs& args, const GemmPlan& plan, const Placement& place) {
   launch_gemm(args, plan, cuda_device(place.device).sm_count, false, place.stream);
 }
 
-void forward(const Forward& params, const Placement& place) {
+std::string_view forward(const Forward& params, const Placement& place) {
   check(params, place);
   check_pointer(kOp, "z", params.z);
   const DeviceGuard guard(place.device);
@@ -231,6 +230,7 @@ void forward(const Forward& params, const Placement& place) {
   const Order order = factors.launch(place.stream);
 
   SkinnyArgs z = skinny(params, params.x, params.pitch_x, params.k);
+  z.scale = params.scale;
   z.u = a.data;
   z.pitch_u = a.pitch;
   z.u_by_rank = true;
@@ -238,7 +238,7 @@ void forward(const Forward& params, const Placement& place) {
   z.partials = static_cast<float*>(partials);
   if (params.seed != nullptr) add_dropout(params, &z);
   by_rank(z, params.r, kSkinnyRank, order, sm_count, place.stream);
-  if (params.w == nullptr) return;
+  if (params.w == nullptr) return {};
 
   GemmArgs gemm;
   gemm.dtype = params.dtype;
@@ -251,11 +251,12 @@ void forward(const Forward& params, const Placement& place) {
   gemm.y = params.y, gemm.pitch_y = params.n;
   gemm.m = static_cast<int>(params.m), gemm.n = static_cast<int>(params.n);
   gemm.k = static_cast<int>(params.k), gemm.r = static_cast<int>(params.r);
-  launch_gemm(gemm, plan_gemm(params.by_out, params.m, params.n, params.k), sm_count, true,
-              place.stream);
+  const GemmPlan plan = plan_gemm(params.by_out, params.m, params.n, params.k);
+  launch_gemm(gemm, plan, sm_count, true, place.stream);
+  return kGemmNames[plan.kernel];
 }
 
-void backward(const Backward& params, const Placement& place) {
+std::string_view backward(const Backward& params, const Placement& place) {
   check(params, place);
   check_pointer(kOp, "dz", params.dz);
   const DeviceGuard guard(place.device);
@@ -263,8 +264,10 @@ void backward(const Backward& params, const Placement& place) {
   const bool want_dz = params.dx != nullptr || params.da != nullptr;
   const bool gemm_runs = params.dx != nullptr && params.w != nullptr;
   Arena arena(params.workspace);
+  // Three that may run at once.
   void* partials = arena.take(most_partials(params, sm_count));
-  void* partials_beside = arena.take(most_partials(params, sm_count));
+  void* partials_db = arena.take(most_partials(params, sm_count));
+  void* partials_da = arena.take(most_partials(params, sm_count));
 
   Factors factors(params, arena);
   Factor a, b;
@@ -275,21 +278,18 @@ void backward(const Backward& params, const Placement& place) {
   SkinnyArgs ranks = skinny(params, params.dy, params.pitch_dy, params.n);
   ranks.partials = static_cast<float*>(partials);
   SkinnyArgs dz = ranks, db = ranks;
+  dz.scale = params.scale;
   dz.u = b.data;
   dz.pitch_u = b.pitch;
   dz.p = params.dz;
+  db.partials = static_cast<float*>(partials_db);
+  db.counters += kCounters / 8;
   db.v = params.z;
   db.pitch_v = params.pitch_z;
   db.q = params.db;
   db.pitch_q = params.r;
   db.dtype_q = params.adapter_dtype;
-  // dz last: what follows waits for it.
-  if (params.db != nullptr) {
-    by_rank(db, params.r, kSkinnyRank, order, sm_count, place.stream);
-    order = Order::kAlone;
-  }
-  if (want_dz) by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
-
+  std::string_view name;
   if (gemm_runs) {
     GemmArgs gemm;
     gemm.dtype = params.dtype;
@@ -301,23 +301,39 @@ void backward(const Backward& params, const Placement& place) {
     gemm.y = params.dx, gemm.pitch_y = params.k;
     gemm.m = static_cast<int>(params.m), gemm.n = static_cast<int>(params.k);
     gemm.k = static_cast<int>(params.n), gemm.r = static_cast<int>(params.r);
-    launch_gemm(gemm, plan_gemm(!params.by_out, params.m, params.k, params.n), sm_count, true,
-                place.stream);
+    GemmPlan plan = plan_gemm(!params.by_out, params.m, params.k, params.n);
+    if (params.seed != nullptr) {
+      plan.kernel = kGemmMasked;
+      gemm.seed = params.seed;
+      gemm.threshold = params.threshold;
+      gemm.keep_scale = keep_scale(params.threshold);
+    }
+    by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
+    launch_gemm(gemm, plan, sm_count, true, place.stream);
+    name = kGemmNames[plan.kernel];
+    order = Order::kBeside;  // what follows fills the SMs that the GEMM's last tiles leave
+  } else if (want_dz) {
+    by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
+    order = Order::kAlone;
+  }
+  if (params.db != nullptr) {
+    by_rank(db, params.r, kSkinnyRank, order, sm_count, place.stream);
+    if (params.r > kSkinnyRank) order = Order::kAlone;
   }
   if (params.da != nullptr) {
     SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
+    da.counters += kCounters / 4;
     da.v = params.dz;
     da.pitch_v = params.pitch_z;
     da.q = params.da;
     da.pitch_q = params.k;
     da.dtype_q = params.adapter_dtype;
     da.q_by_rank = true;
-    da.partials = static_cast<float*>(partials_beside);
+    da.partials = static_cast<float*>(partials_da);
     if (params.seed != nullptr) add_dropout(params, &da);
-    // The first part fills the SMs that the GEMM's last tiles leave.
-    by_rank(da, params.r, kSkinnyRank, gemm_runs ? Order::kBeside : Order::kAlone, sm_count,
-            place.stream);
+    by_rank(da, params.r, kSkinnyRank, order, sm_count, place.stream);
   }
+  return name;
 }
 
 #endif

@@ -23,6 +23,10 @@ struct GemmArgs {
   void* y = nullptr;
   std::int64_t pitch_x = 0, pitch_w = 0, pitch_z = 0, pitch_b = 0, pitch_y = 0;
   int m = 0, n = 0, k = 0, r = 0;
+  // With a seed: z B^T is dropped by common/philox.h's mask, what is kept is scaled.
+  const std::int64_t* seed = nullptr;
+  std::uint32_t threshold = 0;
+  float keep_scale = 1.0F;
 };
 
 // Which kernel, and in which order it walks over the tiles of y.
@@ -37,7 +41,9 @@ inline constexpr std::string_view kGemmNames[] = {
     "gemm_sm90_128x256_cooperative_2x1_wide",
     "gemm_sm90_128x256_cooperative_2x1",
     "gemm_sm90_128x128_pingpong_1x2",
+    "gemm_sm90_128x256_cooperative_2x1_masked",
 };
+inline constexpr int kGemmMasked = 3;  // the one that takes a mask, and only with one
 
 // The measured plan of the nearest shape in gemm_plans.inc.
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k);

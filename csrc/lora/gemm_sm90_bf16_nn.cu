@@ -3,9 +3,9 @@
 
 namespace pyfast::lora {
 
-void launch_gemm_sm90_bf16_nn(const GemmArgs& args, const GemmPlan& plan, int sm_count,
-                              bool overlap, void* stream) {
-  launch_gemm_sm90<cutlass::bfloat16_t, false>(args, plan, sm_count, overlap,
+void launch_gemm_sm90_bf16_nn(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool early,
+                              void* stream) {
+  launch_gemm_sm90<cutlass::bfloat16_t, false>(args, plan, sm_count, early,
                                                static_cast<cudaStream_t>(stream));
 }
 

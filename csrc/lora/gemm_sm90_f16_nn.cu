@@ -3,9 +3,9 @@
 
 namespace pyfast::lora {
 
-void launch_gemm_sm90_f16_nn(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool overlap,
+void launch_gemm_sm90_f16_nn(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool early,
                              void* stream) {
-  launch_gemm_sm90<cutlass::half_t, false>(args, plan, sm_count, overlap,
+  launch_gemm_sm90<cutlass::half_t, false>(args, plan, sm_count, early,
                                            static_cast<cudaStream_t>(stream));
 }
 

@@ -34,10 +34,10 @@ struct PackArgs {
 };
 void launch_pack(const PackArgs& first, const PackArgs& second, void* stream);
 
-// `overlap`: launched while the grid before it still runs, which must be the one that makes z.
-void launch_gemm_sm90_bf16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
-void launch_gemm_sm90_bf16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
-void launch_gemm_sm90_f16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
-void launch_gemm_sm90_f16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool overlap, void*);
+// `early`: launched while the grid before it still runs, which must be the one that makes z.
+void launch_gemm_sm90_bf16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
+void launch_gemm_sm90_bf16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
+void launch_gemm_sm90_f16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
+void launch_gemm_sm90_f16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
 
 }  // namespace pyfast::lora

@@ -54,7 +54,7 @@ struct Backward : Problem {
   void* db = nullptr;  // [N, R]
 };
 
-inline constexpr int kCounters = 1 << 16;
+inline constexpr int kCounters = 1 << 17;
 
 // Bytes that either direction needs at most.
 std::int64_t workspace(const Problem& problem, int device);
@@ -66,9 +66,10 @@ std::string_view gemm_name(const Problem& problem, bool transposed, int device,
 
 std::vector<VariantInfo> variants(std::string_view op);
 
-// Enqueue everything; with w null only z, or dz, dA and dB.
-void forward(const Forward& params, const Placement& place);
-void backward(const Backward& params, const Placement& place);
+// Enqueue everything; with w null only z, or dz, dA and dB. Return the name of what makes the
+// product with W, "... beside" where the low-rank product runs at the same time; empty without one.
+std::string_view forward(const Forward& params, const Placement& place);
+std::string_view backward(const Backward& params, const Placement& place);
 
 // One GEMM by a given plan.
 void gemm(const GemmArgs& args, const GemmPlan& plan, const Placement& place);

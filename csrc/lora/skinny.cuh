@@ -119,17 +119,19 @@ struct Tile {
 
 constexpr int kUnitsT = kSkinnyCols / 8;
 
-// Applies dropout to the 16-byte units that this thread itself copied; a unit is one Philox block.
-template <class T, class TileT>
-__device__ __forceinline__ void drop(std::uint32_t tile, int row, int col, const SkinnyArgs& args,
+// Clears what dropout drops in the 16-byte units that this thread itself copied; a unit is one
+// Philox block. The scale of what is kept is applied to the sums.
+template <class TileT>
+__device__ __forceinline__ void drop(std::uint32_t tile, int row, int col, std::uint32_t threshold,
                                      const MaskSeed& seed) {
 #pragma unroll
   for (int i = threadIdx.x; i < kSkinnyRows * kUnitsT; i += kSkinnyThreads) {
     const int r = i / kUnitsT, unit = i % kUnitsT;
     const std::uint32_t at = tile + TileT::offset(r, unit);
-    const std::uint32_t kept =
-        keep_bits(seed, static_cast<std::uint32_t>(row + r),
-                  static_cast<std::uint32_t>(col / kMaskColumns + unit), args.threshold);
+    const PhiloxBlock draws = philox4x32(
+        {{static_cast<std::uint32_t>(row + r),
+          static_cast<std::uint32_t>(col / kMaskColumns + unit), seed.offset0, seed.offset1}},
+        seed.key0, seed.key1);
     std::uint32_t pairs[4];
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
@@ -137,13 +139,9 @@ __device__ __forceinline__ void drop(std::uint32_t tile, int row, int col, const
                  : "memory");
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      T values[2];
-      __builtin_memcpy(values, &pairs[j], 4);
-      T scaled[2];
-      narrow_pair(widen(values[0]) * args.keep_scale, widen(values[1]) * args.keep_scale, scaled);
-      __builtin_memcpy(&pairs[j], scaled, 4);
-      if ((kept >> 2 * j & 1U) == 0) pairs[j] &= 0xFFFF0000U;
-      if ((kept >> 2 * j & 2U) == 0) pairs[j] &= 0x0000FFFFU;
+      const std::uint32_t low = (draws.words[j] & 0xFFFFU) >= threshold ? 0x0000FFFFU : 0U;
+      const std::uint32_t high = (draws.words[j] >> 16) >= threshold ? 0xFFFF0000U : 0U;
+      pairs[j] &= low | high;
     }
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(pairs[0]), "r"(pairs[1]),
                  "r"(pairs[2]), "r"(pairs[3])
@@ -206,6 +204,111 @@ struct Ring {
   }
 };
 
+// The right operand of 16 ranks a step of 16: [pair of tiles of 8 ranks][step].
+template <int kTiles, int kSteps>
+struct Factors {
+  std::uint32_t words[kTiles / 2][kSteps][4];
+};
+
+constexpr int kRowSteps = kSkinnyCols / 16;  // of P's contraction in a chunk
+constexpr int kColSteps = kSkinnyRows / 16;  // of Q's
+
+// U for one of the parts into which the columns of a chunk are cut, from a tile of 8 ranks on.
+template <class TileU, bool kByRank, int kTiles, int kSteps>
+__device__ __forceinline__ void load_u(Factors<kTiles, kSteps>& u, std::uint32_t tile, int part,
+                                       int first = 0) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int k = part * kSteps + step;
+      if constexpr (kByRank) {
+        load_matrices<false>(
+            u.words[n / 2][step],
+            tile + TileU::offset((first + n) * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+      } else {
+        load_matrices<true>(u.words[n / 2][step],
+                            tile + TileU::offset(k * 16 + lane % 16, first + n + lane / 16));
+      }
+    }
+  }
+}
+
+template <class TileV, int kTiles>
+__device__ __forceinline__ void load_v(Factors<kTiles, kColSteps>& v, std::uint32_t tile,
+                                       int first = 0) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2) {
+#pragma unroll
+    for (int k = 0; k < kColSteps; ++k) {
+      load_matrices<true>(v.words[n / 2][k],
+                          tile + TileV::offset(k * 16 + lane % 16, first + n + lane / 16));
+    }
+  }
+}
+
+// Adds a b to the sums of the tiles of ranks from `first` on.
+template <class T, int kAll, int kTiles, int kSteps>
+__device__ __forceinline__ void multiply_all(float (&sums)[kAll][4],
+                                             const std::uint32_t (&a)[kSteps][4],
+                                             const Factors<kTiles, kSteps>& b, int first = 0) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const std::uint32_t (&pair)[4] = b.words[n / 2][step];
+      multiply<T>(sums[first + n], a[step], pair[n % 2 * 2], pair[n % 2 * 2 + 1]);
+    }
+  }
+}
+
+// T as the left operand of P: 16 rows, one part of the columns of a chunk.
+template <class TileT, int kSteps>
+__device__ __forceinline__ void load_rows(std::uint32_t (&a)[kSteps][4], std::uint32_t tile,
+                                          int rows, int part) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int k = part * kSteps + step;
+    load_matrices<false>(a[step], tile + TileT::offset(rows * 16 + lane % 16, k * 2 + lane / 16));
+  }
+}
+
+// T as the left operand of Q: 16 columns, all rows of a chunk.
+template <class TileT>
+__device__ __forceinline__ void load_cols(std::uint32_t (&a)[kColSteps][4], std::uint32_t tile,
+                                          int columns) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kColSteps; ++k) {
+    load_matrices<true>(
+        a[k], tile + TileT::offset(k * 16 + lane / 16 * 8 + lane % 8, columns * 2 + lane / 8 % 2));
+  }
+}
+
+// Stores the sums of multiply_cols for the 16 columns from `col` on.
+template <class T, int kTiles>
+__device__ __forceinline__ void store_cols(const float (&q)[kTiles][4], int col, int cols,
+                                           int ranks, float scale, void* out, std::int64_t pitch,
+                                           DType dtype, bool by_rank) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kTiles * 4; ++i) {
+    const int at_col = col + lane / 4 + i % 4 / 2 * 8;
+    const int rank = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (at_col < cols && rank < ranks) {
+      const std::int64_t at = by_rank ? rank * pitch + at_col : at_col * pitch + rank;
+      if (dtype == DType::f32) {
+        static_cast<float*>(out)[at] = q[i / 4][i % 4] * scale;
+      } else {
+        narrow(q[i / 4][i % 4] * scale, static_cast<T*>(out) + at);
+      }
+    }
+  }
+}
+
 __device__ __forceinline__ void begin(Order order) {
   if (order == Order::kAfter) wait_for_grid_before();
   launch_next_grid();  // it waits for the end of this grid before it reads the result
@@ -264,25 +367,17 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const std::uint32_t tile_t = shared + ring.take() * kStage, tile_u = tile_t + TileT::kBytes;
     wait<kStages - 2>();
-    if constexpr (kDrop) drop<T, TileT>(tile_t, row, (first + chunk) * kSkinnyCols, args, seed);
+    if constexpr (kDrop)
+      drop<TileT>(tile_t, row, (first + chunk) * kSkinnyCols, args.threshold, seed);
     __syncthreads();
     issue();
+    std::uint32_t a[kRowSteps / 2][4];
+    load_rows<TileT>(a, tile_t, warp % 4, half);
 #pragma unroll
-    for (int k = half * 4; k < half * 4 + 4; ++k) {
-      std::uint32_t a[4];
-      load_matrices<false>(a, tile_t + TileT::offset(warp % 4 * 16 + lane % 16, k * 2 + lane / 16));
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        std::uint32_t b[4];
-        if constexpr (kByRank) {
-          load_matrices<false>(
-              b, tile_u + TileU::offset(n * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-        } else {
-          load_matrices<true>(b, tile_u + TileU::offset(k * 16 + lane % 16, n + lane / 16));
-        }
-        multiply<T>(p[n], a, b[0], b[1]);
-        multiply<T>(p[n + 1], a, b[2], b[3]);
-      }
+    for (int n = 0; n < kTiles; n += 2) {
+      Factors<2, kRowSteps / 2> u;
+      load_u<TileU, kByRank>(u, tile_u, half, n);
+      multiply_all<T>(p, a, u, n);
     }
   }
 
@@ -322,7 +417,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   end(order);
 }
 
-// Q[cols, rank] = D(T)^T V. A block has 128 columns and a band of rows; a warp has 16 of the
+// Q[cols, rank] = scale D(T)^T V. A block has 128 columns and a band of rows; a warp has 16 of the
 // columns.
 template <class T, int kRank, bool kDrop, int kStages>
 __global__ void __launch_bounds__(kSkinnyThreads, 2)
@@ -335,7 +430,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   extern __shared__ __align__(128) char storage[];
   begin(order);
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int slab = blockIdx.x % grid.slabs, band = blockIdx.x / grid.slabs;
   const int col = slab * kSkinnyCols;
   const int first = band * grid.band_blocks;
@@ -363,21 +458,17 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   for (int block = 0; block < blocks; ++block) {
     const std::uint32_t tile_t = shared + ring.take() * kStage, tile_v = tile_t + TileT::kBytes;
     wait<kStages - 2>();
-    if constexpr (kDrop) drop<T, TileT>(tile_t, (first + block) * kSkinnyRows, col, args, seed);
+    if constexpr (kDrop)
+      drop<TileT>(tile_t, (first + block) * kSkinnyRows, col, args.threshold, seed);
     __syncthreads();
     issue();
+    std::uint32_t a[kColSteps][4];
+    load_cols<TileT>(a, tile_t, warp);
 #pragma unroll
-    for (int k = 0; k < kSkinnyRows / 16; ++k) {
-      std::uint32_t a[4];
-      load_matrices<true>(
-          a, tile_t + TileT::offset(k * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        std::uint32_t b[4];
-        load_matrices<true>(b, tile_v + TileV::offset(k * 16 + lane % 16, n + lane / 16));
-        multiply<T>(q[n], a, b[0], b[1]);
-        multiply<T>(q[n + 1], a, b[2], b[3]);
-      }
+    for (int n = 0; n < kTiles; n += 2) {
+      Factors<2, kColSteps> v;
+      load_v<TileV>(v, tile_v, n);
+      multiply_all<T>(q, a, v, n);
     }
   }
 
@@ -385,20 +476,8 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   float* partials =
       args.partials + static_cast<std::int64_t>(slab) * grid.bands * kTiles * 4 * kSkinnyThreads;
   if (reduce(sums, band, grid.bands, partials, args.counters + slab)) {
-#pragma unroll
-    for (int i = 0; i < kTiles * 4; ++i) {
-      const int at_col = col + warp * 16 + lane / 4 + i % 4 / 2 * 8;
-      const int rank = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (at_col < args.cols && rank < args.rank) {
-        const std::int64_t at =
-            args.q_by_rank ? rank * args.pitch_q + at_col : at_col * args.pitch_q + rank;
-        if (args.dtype_q == DType::f32) {
-          static_cast<float*>(args.q)[at] = sums[i];
-        } else {
-          narrow(sums[i], static_cast<T*>(args.q) + at);
-        }
-      }
-    }
+    store_cols<T>(q, col + warp * 16, args.cols, args.rank, args.scale, args.q, args.pitch_q,
+                  args.dtype_q, args.q_by_rank);
   }
   end(order);
 }

@@ -10,23 +10,23 @@ namespace pyfast::lora {
 
 // Either the product of the rows or that of the columns of T[rows, cols]:
 //   P[rows, rank] = scale D(T) U        U stored [rank, cols] or [cols, rank]
-//   Q[cols, rank] = D(T)^T V            V stored [rows, rank]; Q stored [cols, rank] or [rank,
+//   Q[cols, rank] = scale D(T)^T V      V stored [rows, rank]; Q stored [cols, rank] or [rank,
 //   cols]
-// with D the dropout of common/philox.h. T, U, V and P are of one 2-byte type, sums are in float32.
-// Pitches in elements, those of T, U and V multiples of 8; T, U, V on 16 bytes. rank is at most
-// 128.
+// with D the mask of common/philox.h; 1 / (1 - p) is the caller's, as a part of scale. T, U, V and
+// P are of one 2-byte type, sums are in float32. Pitches in elements, those of T, U and V multiples
+// of 8; T, U, V on 16 bytes. rank is at most 128.
 struct SkinnyArgs {
   DType dtype = DType::bf16;
   const void* t = nullptr;
   std::int64_t pitch_t = 0;
   int rows = 0, cols = 0, rank = 0;
+  float scale = 1.0F;
 
   const void* u = nullptr;  // null: Q is wanted
   std::int64_t pitch_u = 0;
   bool u_by_rank = false;  // U is stored [rank, cols]
   void* p = nullptr;
   std::int64_t pitch_p = 0;
-  float scale = 1.0F;
 
   const void* v = nullptr;
   std::int64_t pitch_v = 0;
@@ -37,7 +37,6 @@ struct SkinnyArgs {
 
   const std::int64_t* seed = nullptr;  // seed and offset; null: no dropout
   std::uint32_t threshold = 0;         // 16 bits below it: dropped
-  float keep_scale = 1.0F;
 
   float* partials = nullptr;     // skinny_workspace() bytes
   unsigned* counters = nullptr;  // ceil(rows / 64) or ceil(cols / 128), zero before and after

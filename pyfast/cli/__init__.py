@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from pyfast import __version__
 from pyfast.cli.commands import convert, generate, merge, quantize
@@ -50,7 +52,8 @@ def _nearest_flags(message: str, flags: list[str]) -> str:
     return f". Did you mean {' or '.join(near)}?" if near else ""
 
 
-def _parser() -> ArgumentParser:
+def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The parser of the command line, and that of each command."""
     parser = _Parser(
         prog="pyfast", description="Fine-tune transformer models.", version=__version__
     )
@@ -61,7 +64,7 @@ def _parser() -> ArgumentParser:
         "--config", action="config", help="YAML file with any of the settings below."
     )
     finetune.add_class_arguments(FinetuneConfig)
-    subparsers = {"finetune": finetune}
+    subparsers: dict[str, ArgumentParser] = {"finetune": finetune}
     for name, function in _COMMANDS.items():
         subparsers[name] = _Parser(description=(function.__doc__ or "").splitlines()[0])
         subparsers[name].add_function_arguments(function)
@@ -70,7 +73,49 @@ def _parser() -> ArgumentParser:
             "--debug", action="store_true", help="Show the traceback of an error."
         )
         commands.add_subcommand(name, subparser, help=subparser.description)
-    return parser
+    return parser, subparsers
+
+
+def _parse(
+    parser: ArgumentParser, subparsers: dict[str, ArgumentParser], given: list[str]
+) -> Namespace:
+    """The command and its values, as they were written where their type is text."""
+    for number, text in enumerate(given, start=1):
+        if not _is_unicode(text):
+            parser.error(f"argument {number} is not UTF-8: {text!r}")
+    try:
+        parsed = parser.parse_args(given)
+    except UnicodeDecodeError as error:
+        parser.error(f"the --config file is not UTF-8: {error}")
+    values, subparser = parsed[parsed.command], subparsers[parsed.command]
+    for action in subparser._actions:
+        # The value is read as YAML first, where null, ~ and a line that starts with # mean nothing.
+        if getattr(action, "_typehint", None) == (str | None) and values[action.dest] is None:
+            values[action.dest] = _written(given, action.option_strings[-1])
+    if parsed.command == "finetune":
+        for part in dataclasses.fields(FinetuneConfig):
+            if part.default is dataclasses.MISSING and not isinstance(
+                value := values[part.name], Namespace
+            ):
+                subparser.error(f"{part.name} is {value!r}; it must be a mapping of settings")
+    instantiated: Namespace = parser.instantiate(parsed)
+    return instantiated
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether all bytes of an argument could be decoded."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _written(given: list[str], flag: str) -> str | None:
+    """The last value of a flag as it was written."""
+    text = None
+    for word, following in itertools.zip_longest(given, given[1:]):
+        if word == flag:
+            text = following
+        elif word.startswith(f"{flag}="):
+            text = word.partition("=")[2]
+    return text
 
 
 def _run(command: str, values: dict[str, Any]) -> None:
@@ -93,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Ctrl-C. Errors of the program itself are raised.
     """
     _quiet()
-    parser = _parser()
+    parser, subparsers = _parsers()
     given = sys.argv[1:] if argv is None else list(argv)
     if not given:
         parser.print_help(sys.stderr)
         return 2
-    arguments = parser.instantiate(parser.parse_args(given))
+    arguments = _parse(parser, subparsers, given)
     values = vars(arguments[arguments.command])
     debug = values.pop("debug")
     values.pop("config", None)

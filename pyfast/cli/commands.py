@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 
 import pyfast
 from pyfast.cli.dense import is_quantized, load_dense, read_tensors
-from pyfast.errors import AdapterMismatchError, ConfigError, UnsafeFileError
+from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
 from pyfast.train.config import RunOptions
 from pyfast.train.default_model import HUB_ID, default_model_dir, has_default_model
 from pyfast.train.metrics import say
-from pyfast.train.model import choose_place, stream_answer
+from pyfast.train.model import choose_place, save_tokenizer, stream_answer
 from pyfast.train.pretrained import load_pretrained, model_source
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -78,9 +78,21 @@ def generate(
         return
     if sys.stdin.isatty():
         say("One question a line; Ctrl-D ends.")
-    for line in sys.stdin:
-        if line.strip():
-            stream_answer(network, tokenizer, line.strip(), max_new_tokens, temperature)
+    for question in _questions():
+        stream_answer(network, tokenizer, question, max_new_tokens, temperature)
+
+
+def _questions() -> Iterator[str]:
+    """The lines of standard input that are not empty."""
+    try:
+        for line in sys.stdin:
+            line.encode("utf-8")  # in some locales a bad byte shows here only
+            if line.strip():
+                yield line.strip()
+    except UnicodeError as error:
+        raise ConfigError(
+            f"standard input is not UTF-8: {error}. Fix: questions in UTF-8."
+        ) from error
 
 
 def merge(
@@ -139,7 +151,7 @@ def quantize(model: str, output: str, blocksize: int = 64, nested: bool = True) 
         before = sum(parameter.nbytes for parameter in network.parameters())
         pyfast.quantize(network, blocksize=blocksize, nested=nested)
         network.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
         _mark_quantized(directory / "config.json", network, nested)
         after = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     say(
@@ -231,9 +243,16 @@ def _convert_adapter(file: Path, directory: Path, trust_pickle: bool) -> None:
 
 def _save_dense(network: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:
     network.to(dtype)
+    for name, parameter in network.named_parameters():
+        if not torch.isfinite(parameter).all():
+            fix = "--dtype bf16" if dtype == torch.float16 else "finite weights to start from"
+            raise NonFiniteError(
+                f"{name} holds NaN or infinity in {dtype}, which ends at {torch.finfo(dtype).max:.4g}. "
+                f"Nothing was written. Fix: {fix}."
+            )
     network.config.dtype = dtype
     network.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
 
 
 def _load_adapter(network: torch.nn.Module, adapter: str, rounded: bool = False) -> None:

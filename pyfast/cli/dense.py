@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pyfast.errors import AdapterMismatchError, ConfigError
 from pyfast.nn.nf4 import STATE_KEY, unpack_state
-from pyfast.train.pretrained import load_pretrained
+from pyfast.train.pretrained import load_pretrained, telling_what_cannot_be_read
 
 
 def is_quantized(source: str) -> bool:
@@ -57,22 +57,24 @@ def load_dense(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ConfigError(
             f"'{source}' is quantised by {kind}; only bitsandbytes' 4-bit form can be made dense."
         )
-    config = AutoConfig.from_pretrained(source)
-    del config.quantization_config
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(Path(source).glob("*.safetensors")):
-        tensors |= read_tensors(file)
-    network.load_state_dict(_dense_tensors(tensors, network, dtype), strict=False, assign=True)
-    network.tie_weights()
+    with telling_what_cannot_be_read(source):
+        config = AutoConfig.from_pretrained(source)
+        del config.quantization_config
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(Path(source).glob("*.safetensors")):
+            tensors |= read_tensors(file)
+        network.load_state_dict(_dense_tensors(tensors, network, dtype), strict=False, assign=True)
+        network.tie_weights()
+        tokenizer = AutoTokenizer.from_pretrained(source)
     lacking = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     if lacking:
         raise AdapterMismatchError(
             f"'{source}' lacks {len(lacking)} weights of {type(network).__name__} (first: {lacking[0]}). "
             "Nothing was written."
         )
-    return network, AutoTokenizer.from_pretrained(source)
+    return network, tokenizer
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

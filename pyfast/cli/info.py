@@ -114,7 +114,7 @@ def _serving(op: str, device: str) -> list[str]:
     """The first kernel that can run, then each that cannot and why; or what torch does in their place."""
     if _extension.C is None:
         return ["torch reference (the extension is missing)"]
-    if _variants(op):
+    if device.upper() in OPS[op].devices and _variants(op):
         usable, reasons = _usable(op, device)
         if not usable:
             return [f"torch reference ({'; '.join(reasons) or 'not built'})"]

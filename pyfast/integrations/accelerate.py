@@ -16,9 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyfast.integrations.bitsandbytes import unsupported_reason, view_linear4bit
-from pyfast.methods.base import adapted_modules, check_model
+from pyfast.methods.base import adapted_modules, unwrapped
 from pyfast.nn import AdapterLayer, NF4Linear, weight_of
 from pyfast.nn.adapter_layer import has_hooks
+
+_DROPOUTS = (nn.Dropout, nn.Identity)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def accelerate(model: nn.Module) -> Report:
     Raises:
         ConfigError: `model` is not a module.
     """
-    check_model(model)
+    model = unwrapped(model)
     report = Report()
     lora_layer: Any = sys.modules.get("peft.tuners.lora.layer")
     bnb: Any = sys.modules.get("bitsandbytes.nn.modules")
@@ -125,6 +127,18 @@ def _lora_reason(module: Any) -> str:
         return "it has a bias in lora_B"
     if module.lora_embedding_A:
         return "it adapts an embedding"
+    return next(filter(None, (_part_reason(module, name) for name in module.lora_A)), "")
+
+
+def _part_reason(layer: Any, name: str) -> str:
+    """Why an adapter's parts must be called as they are; empty if they are PEFT's own."""
+    parts = ("lora_A", (nn.Linear,)), ("lora_B", (nn.Linear,)), ("lora_dropout", _DROPOUTS)
+    for container, kinds in parts:
+        part = getattr(layer, container)[name]
+        if type(part) not in kinds:
+            return f"its {container} is a {type(part).__name__}"
+        if has_hooks(part):
+            return f"its {container} has hooks or a replaced forward"
     return ""
 
 
@@ -162,13 +176,14 @@ class _LoraForward(_Served):
         weight = None
         if not (args or kwargs or layer.disable_adapters or layer.merged) and len(active) == 1:
             base = layer.get_base_layer()
-            weight = None if has_hooks(base) else weight_of(base)
+            hooked = has_hooks(base) or _part_reason(layer, active[0])
+            weight = None if hooked else weight_of(base)
         if weight is None or layer.lora_variant or layer.lora_bias[active[0]]:
             out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return out
         name = active[0]
         dropout = layer.lora_dropout[name]
-        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return weight.lora_linear(x, a, b, layer.scaling[name], p)
 

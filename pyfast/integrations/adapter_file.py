@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # Our files carry these metadata entries, which PEFT ignores (it warns of unknown fields in the config);
 # files without a digest are read unchecked.
 _DIGEST = "pyfast_sha256"
+_CONFIG_DIGEST = "pyfast_config_sha256"
+# Fields that may be edited: they do not bear on the computation, or the tensors' keys show the same.
+_FREE = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+)
 _BASE = "pyfast_base_weights"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_TENSORS = 1_000_000
@@ -44,7 +58,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def write_adapter(
     directory: Path, tensors: Mapping[str, Tensor], fields: dict[str, Any], base_weights: str
 ) -> None:
-    """Write both files beside their final names and rename them: an interrupted save leaves the old ones.
+    """Write both files beside their final names and rename them: an interrupted save leaves the old ones,
+    or a pair whose digests say that it is none.
 
     Args:
         directory: created if missing.
@@ -54,12 +69,31 @@ def write_adapter(
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
-    new_weights, new_settings = weights.with_suffix(".tmp"), settings.with_suffix(".tmp")
-    metadata = {"format": "pt", _DIGEST: _digest(tensors), _BASE: base_weights}
-    save_file(dict(tensors), new_weights, metadata=metadata)
-    new_settings.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    new_weights.replace(weights)
-    new_settings.replace(settings)
+    # Names that no other save has and nobody can foresee, to put a link there that is written through.
+    unique = f".{uuid.uuid4().hex}.tmp"
+    new_weights, new_settings = weights.with_suffix(unique), settings.with_suffix(unique)
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    metadata = {
+        "format": "pt",
+        _DIGEST: _digest(tensors),
+        _CONFIG_DIGEST: _config_digest(json.loads(text)),
+        _BASE: base_weights,
+    }
+    try:
+        save_file(dict(tensors), new_weights, metadata=metadata)
+        with new_settings.open("x") as file:
+            file.write(text)
+        new_weights.replace(weights)
+        new_settings.replace(settings)
+    finally:
+        new_weights.unlink(missing_ok=True)
+        new_settings.unlink(missing_ok=True)
+
+
+def _config_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 over the config's fields without those that may be edited, and without unset ones."""
+    kept = {k: value for k, value in values.items() if k not in _FREE and value}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -80,6 +114,18 @@ def read_config(directory: Path) -> Any:
         AdapterNotFoundError: there is none.
     """
     path = directory / CONFIG_NAME
+    values = _read_fields(path)
+    kind = values.get("peft_type")
+    for method in METHODS.values():
+        if method.peft_type is not None and method.peft_type == kind:
+            _check_types(path, method.config_type, values)
+            return config_from_fields(method, values)
+    served = sorted(m.peft_type for m in METHODS.values() if m.peft_type)
+    raise ConfigError(f"{path}: peft_type {kind!r} is not served; use one of {served}")
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a config file; errors as `read_config`'s."""
     _require(path)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise UnsafeFileError(
@@ -91,13 +137,7 @@ def read_config(directory: Path) -> Any:
         raise ConfigError(f"{path} is not JSON ({type(error).__name__}: {error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a JSON object")
-    kind = values.get("peft_type")
-    for method in METHODS.values():
-        if method.peft_type is not None and method.peft_type == kind:
-            _check_types(path, method.config_type, values)
-            return config_from_fields(method, values)
-    served = sorted(m.peft_type for m in METHODS.values() if m.peft_type)
-    raise ConfigError(f"{path}: peft_type {kind!r} is not served; use one of {served}")
+    return values
 
 
 def _require(path: Path) -> None:
@@ -177,6 +217,12 @@ def read_tensors(
         raise AdapterMismatchError(
             f"{path} is damaged: its tensors do not have the checksum in its header. "
             "The adapter was NOT applied. Fix: fetch or save it again"
+        )
+    digest = metadata.get(_CONFIG_DIGEST)
+    if digest is not None and digest != _config_digest(_read_fields(directory / CONFIG_NAME)):
+        raise AdapterMismatchError(
+            f"{path} was not saved with the {CONFIG_NAME} beside it: a save was interrupted, or the config "
+            "was edited. The adapter was NOT applied. Fix: fetch or save it again"
         )
     needed = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     for key, tensor in needed.items():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfast.errors import AdapterMismatchError, ConfigError, EmbeddingNotSavedError
+from pyfast.errors import AdapterMismatchError, AdapterStateError, EmbeddingNotSavedError
 from pyfast.integrations.adapter_file import (
     PREFIX,
     check_finite,
@@ -23,7 +23,7 @@ from pyfast.integrations.adapter_file import (
     write_adapter,
 )
 from pyfast.methods.apply import check_adapter_name, commit_plan, prepare
-from pyfast.methods.base import METHODS, adapted_modules, refuse_meta
+from pyfast.methods.base import METHODS, adapted_modules, refuse_meta, unwrapped
 from pyfast.methods.state import adapter_parameters, known_adapter
 from pyfast.methods.targets import match_targets
 from pyfast.nn import AdapterLayer, DenseWeight, NF4Weight, SavedModule, weight_of
@@ -57,13 +57,16 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         NonFiniteError: the adapter holds NaN or infinity.
         UnsupportedError: it lies on the meta device.
     """
+    model = unwrapped(model)
     config = known_adapter(model, adapter_name)
     method = METHODS[type(config)]
-    if method.peft_type is None:
-        raise ConfigError(
-            f"{method.name} has no adapter to save; use model.save_pretrained for the whole model"
-        )
     check_adapter_name(adapter_name)
+    for path, module in adapted_modules(model).items():
+        if module.configs.get(adapter_name, config) != config:
+            raise AdapterStateError(
+                f"adapter {adapter_name!r} has another config at {path!r} than elsewhere, and one file holds "
+                "one config; save the parts that it was applied to one by one. Nothing was written"
+            )
     _check_vocabulary(model, adapter_name)
     state = adapter_state_dict(model, adapter_name)
     refuse_meta("save_adapter", state.items())
@@ -81,7 +84,7 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
 
 
 def _config_fields(
-    model: nn.Module, config: Any, peft_type: str, layers: Mapping[str, AdapterLayer]
+    model: nn.Module, config: Any, peft_type: str | None, layers: Mapping[str, AdapterLayer]
 ) -> dict[str, Any]:
     fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     fields["target_modules"] = _target_names(model, list(layers))

@@ -17,8 +17,8 @@ from pyfast import methods
 from pyfast.errors import UnsupportedError
 from pyfast.integrations.adapter_file import PREFIX, WEIGHTS_NAME
 from pyfast.integrations.peft import copy_adapter, read_adapter, save_adapter
-from pyfast.methods.base import adapted_modules
-from pyfast.methods.state import adapter_configs
+from pyfast.methods.base import adapted_modules, unwrapped
+from pyfast.methods.state import adapter_configs, refuse_merged
 from pyfast.nn import DENSE_DTYPES, DenseWeight, register_format
 
 
@@ -66,7 +66,7 @@ def apply(
         allow_unmatched=allow_unmatched,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
-    adopt(model)
+    adopt(unwrapped(model))
     return model
 
 
@@ -99,8 +99,9 @@ def load_adapter(
         AdapterStateError: the name is taken or not allowed, or adapters are merged.
         AdapterNotFoundError: the directory or a file is missing.
     """
-    read_adapter(model, Path(directory), adapter_name, trainable)
-    adopt(model)
+    bare = unwrapped(model)
+    read_adapter(bare, Path(directory), adapter_name, trainable)
+    adopt(bare)
     return model
 
 
@@ -160,8 +161,10 @@ class _AdaptedModel:
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in torch; a dict of PEFT's file keys goes to the active adapter."""
+        """As in torch, but refused while adapters are merged; a dict of PEFT's file keys goes to the active
+        adapter."""
         model: Any = self
+        refuse_merged(model, "load_state_dict")
         active = _active(model)
         if len(active) == 1 and state_dict and all(key.startswith(PREFIX) for key in state_dict):
             copy_adapter(model, active[0], state_dict)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.errors import AdapterStateError, UnsupportedError
-from pyfast.methods.base import METHODS, Method, Plan
+from pyfast.methods.base import METHODS, Method, Plan, unwrapped
 from pyfast.methods.state import (
     activate,
     adapter_configs,
@@ -108,10 +108,11 @@ def apply(
     """Apply a fine-tuning method to any module tree, in place; arguments and errors as `pyfast.apply`'s,
     which also teaches a transformers model to save its adapters.
     """
-    plan, ours = prepare(model, config, adapter_name, allow_unmatched, autocast_adapter_dtype)
+    bare = unwrapped(model)
+    plan, ours = prepare(bare, config, adapter_name, allow_unmatched, autocast_adapter_dtype)
     for text in plan.warnings:
         warnings.warn(text, stacklevel=3)
-    commit_plan(model, adapter_name, plan, ours)
+    commit_plan(bare, adapter_name, plan, ours)
     return model
 
 

@@ -74,6 +74,27 @@ def check_model(model: object) -> None:
         )
 
 
+_WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of torch that would put their own names into paths and keys.
+
+    Raises:
+        ConfigError: `model` is not a module.
+    """
+    check_model(model)
+    for cls in type(model).__mro__:
+        inner = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if inner is not None:
+            return unwrapped(model._modules[inner])  # type: ignore[arg-type]
+    return model
+
+
 def refuse_meta(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise UnsupportedError if one of the named tensors has no values."""
     for name, tensor in tensors:
@@ -95,11 +116,10 @@ def as_names(field: str, value: object) -> list[str]:
 
 
 def adapted_modules(model: nn.Module) -> dict[str, AdapterLayer | SavedModule]:
-    """Path to module for every adapted or whole-trained module of a model."""
-    check_model(model)
+    """Path to module for every adapted or whole-trained module of a model; wrappers are no part of paths."""
     return {
         path: module
-        for path, module in model.named_modules()
+        for path, module in unwrapped(model).named_modules()
         if isinstance(module, (AdapterLayer, SavedModule))
     }
 

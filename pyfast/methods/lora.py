@@ -173,6 +173,12 @@ class LoraLinear(AdapterLayer):
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
+    def _fusible(self, name: str) -> Weight | None:
+        """The base's weight, unless hooks watch a part or serve it (offloading): then parts are called."""
+        base = self.base_layer
+        hooked = has_hooks(base) or has_hooks(self.lora_A[name]) or has_hooks(self.lora_B[name])
+        return None if hooked else weight_of(base)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., K] to [..., N] with every active adapter; the first one is fused with the base."""
         if not self.enabled or not self.active or self.merged:
@@ -180,25 +186,29 @@ class LoraLinear(AdapterLayer):
             return out
         y: Tensor
         first, *others = self.active
-        weight = None if has_hooks(self.base_layer) else weight_of(self.base_layer)
+        weight = self._fusible(first)
         if weight is None:
-            # Hooks watch the base layer or serve it (offloading): it is called, nothing is fused with it.
             y, others = self.base_layer(x, *args, **kwargs), self.active
         else:
             a, b = self._factors(first)
             dropout = self.dropout[first] if self.training else 0.0
             y = weight.lora_linear(x, a, b, self.scaling[first], dropout)
         for name in others:
-            a, b = self._factors(name)
-            dropped = nn.functional.dropout(x.to(a.dtype), self.dropout[name], self.training)
-            low = nn.functional.linear(nn.functional.linear(dropped, a), b)
-            y = y + (low * self.scaling[name]).to(y.dtype)
+            y = y + self._addition(name, x).to(y.dtype)
         return y
 
+    def _addition(self, name: str, x: Tensor) -> Tensor:
+        """s dropout(x) A^T B^T in the factors' dtype, by calling the modules that hold them."""
+        a: Any = self.lora_A[name]
+        dropped = nn.functional.dropout(x.to(a.weight.dtype), self.dropout[name], self.training)
+        low: Tensor = self.lora_B[name](a(dropped))
+        return low * self.scaling[name]
+
     def delta(self, name: str) -> Tensor:
-        """s B A in float32."""
+        """s B A in float32, or float64 where the factors are."""
         a, b = self._factors(name)
-        return (b.float() @ a.float()) * self.scaling[name]
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return (b.to(wide) @ a.to(wide)) * self.scaling[name]
 
 
 class LoraMethod:

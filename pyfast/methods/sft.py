@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from pyfast.errors import AdapterStateError, TargetModuleError, UnsupportedError
-from pyfast.methods.base import Plan, adapted_modules, register_method
+from pyfast.methods.base import Plan, adapted_modules, as_names, register_method
+from pyfast.methods.targets import named
 from pyfast.nn import DENSE_DTYPES, NF4Weight, weight_of
 
 
@@ -17,10 +18,10 @@ class SFTConfig:
     """Settings of full fine-tuning.
 
     Attributes:
-        freeze_modules: names that end a module's path; the parameters inside stay as they are.
+        freeze_modules: a name or names that end a module's path; the parameters inside stay as they are.
     """
 
-    freeze_modules: list[str] | None = None
+    freeze_modules: list[str] | str | None = None
 
 
 class SFTMethod:
@@ -55,10 +56,10 @@ class SFTMethod:
                 f"SFT cannot train quantised weights ({len(quantised)} layers, first {quantised[0]!r}); "
                 "load the model dense, or use LoraConfig"
             )
-        names = config.freeze_modules or []
         frozen: set[str] = set()
-        for name in names:
-            hit = [p for p, _ in model.named_modules() if p == name or p.endswith(f".{name}")]
+        chosen = () if config.freeze_modules is None else config.freeze_modules
+        for name in as_names("freeze_modules", chosen):
+            hit = [path for path, _ in model.named_modules() if path and named([name], path)]
             if not hit and not allow_unmatched:
                 raise TargetModuleError(
                     f"freeze_modules: {name!r} matches no module of {type(model).__name__}. "

@@ -13,29 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError
+from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
 from pyfast.methods.base import (
     adapted_modules,
     as_names,
-    check_model,
     refuse_meta,
     replace_modules,
 )
-from pyfast.nn import AdapterLayer, SavedModule
-
-_CONFIGS = "_pyfast_configs"
+from pyfast.nn import DENSE_DTYPES, AdapterLayer, SavedModule
 
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
-    """Adapter name to config for everything applied to a model."""
-    check_model(model)
-    configs: dict[str, Any] = model.__dict__.get(_CONFIGS, {})
+    """Adapter name to config for every adapter that the model's modules hold, whichever part of the model
+    or wrapper around it they were applied through."""
+    configs: dict[str, Any] = {}
+    for module in adapted_modules(model).values():
+        configs.update(module.configs)
     return configs
 
 
 def register(model: nn.Module, name: str, config: Any) -> None:
     """Remember the config of an adapter that was added."""
-    model.__dict__.setdefault(_CONFIGS, {})[name] = config
+    for module in adapted_modules(model).values():
+        if name in module.adapter_names():
+            module.configs[name] = config
 
 
 def known_adapter(model: nn.Module, name: str) -> Any:
@@ -79,7 +80,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     known_adapter(model, name)
     refuse_busy(model, "delete_adapter")
     take_off(model, name)
-    del adapter_configs(model)[name]
 
 
 def take_off(model: nn.Module, name: str) -> None:
@@ -110,7 +110,7 @@ def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def merge(
     model: nn.Module, names: str | Iterable[str] | None = None, *, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Add adapters to the base weights, in float32, rounded once to the weight's dtype.
+    """Add adapters to the base weights, in float32 or wider, rounded once to the weight's dtype.
 
     NF4 layers become dense ones of `dtype` (default: the dtype they were quantised from): adding a
     small update to 4-bit codes would erase it.
@@ -122,14 +122,16 @@ def merge(
 
     Raises:
         AdapterStateError: nothing to merge, already merged, or an unknown name.
-        UnsupportedError: a weight lies on the meta device.
+        UnsupportedError: a weight lies on the meta device, or is made from others before each forward.
+        ConfigError: a dtype that dense layers do not have.
         NonFiniteError: an adapter or a merged weight holds NaN or infinity; the model is unchanged.
     """
-    layers = [m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer)]
     refuse_busy(model, "merge")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"merge: dtype must be a floating-point torch.dtype, got {dtype!r}")
-    wanted = _merge_names(model, layers, names)
+    if dtype is not None and dtype not in DENSE_DTYPES:
+        raise ConfigError(
+            f"merge: dtype must be a floating-point type of {DENSE_DTYPES}, got {dtype!r}"
+        )
+    wanted = _merge_names(model, names)
     refuse_meta("merge", model.named_parameters())
     for name in wanted:
         for key, parameter in adapter_parameters(model, name).items():
@@ -142,11 +144,9 @@ def merge(
     done: list[AdapterLayer] = []
     try:
         with torch.no_grad():
-            for layer in layers:
-                held = [name for name in wanted if name in layer.adapter_names()]
-                if held:
-                    layer.merge(held, dtype)
-                    done.append(layer)
+            for layer, held in _to_merge(model, wanted):
+                layer.merge(held, dtype)
+                done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
@@ -156,10 +156,9 @@ def merge(
     return model
 
 
-def _merge_names(
-    model: nn.Module, layers: list[AdapterLayer], names: str | Iterable[str] | None
-) -> list[str]:
+def _merge_names(model: nn.Module, names: str | Iterable[str] | None) -> list[str]:
     if names is None:
+        layers = [m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer)]
         wanted = list(dict.fromkeys(name for layer in layers for name in layer.active))
     else:
         wanted = list(dict.fromkeys(as_names("merge: names", names)))
@@ -168,6 +167,22 @@ def _merge_names(
     if not wanted:
         raise AdapterStateError("no active adapter to merge; apply or load one first")
     return wanted
+
+
+def _to_merge(model: nn.Module, wanted: list[str]) -> list[tuple[AdapterLayer, list[str]]]:
+    """The layers that hold wanted adapters, and which; all of them can be merged."""
+    found = []
+    for path, layer in adapted_modules(model).items():
+        held = [name for name in wanted if name in layer.adapter_names()]
+        if isinstance(layer, AdapterLayer) and held:
+            if not layer.mergeable:
+                raise UnsupportedError(
+                    f"merge: the weight of {path!r} is made anew before each forward (pruning, weight_norm "
+                    "or a parametrization), which would undo the merge; make it permanent first, for "
+                    "example with torch.nn.utils.prune.remove. The model is unchanged"
+                )
+            found.append((layer, held))
+    return found
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -198,7 +213,6 @@ def unload(model: nn.Module) -> nn.Module:
     _refuse_disabled(model, "unload")
     bare: dict[nn.Module, nn.Module] = {m: _bare(m) for m in adapted_modules(model).values()}
     replace_modules(model, bare.get)
-    adapter_configs(model).clear()
     return model
 
 
@@ -210,8 +224,8 @@ def _bare(module: AdapterLayer | SavedModule) -> nn.Module:
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Run the base model inside the block; the previous state comes back afterwards, bit for bit.
 
-    Merged adapters are taken out for the block. Blocks may overlap, also in threads: adapters serve
-    again when the last one is left.
+    Merged adapters are taken out for the block. Blocks may overlap, also in threads: adapters serve again
+    when the last one is left. In a copy of the model that is made inside they serve at once.
     """
     with contextlib.ExitStack() as stack:
         for module in adapted_modules(model).values():
@@ -230,6 +244,11 @@ def _refuse_disabled(model: nn.Module, what: str) -> None:
 def refuse_busy(model: nn.Module, what: str) -> None:
     """Raise AdapterStateError while adapters are disabled or merged."""
     _refuse_disabled(model, what)
+    refuse_merged(model, what)
+
+
+def refuse_merged(model: nn.Module, what: str) -> None:
+    """Raise AdapterStateError while adapters are merged."""
     for path, module in adapted_modules(model).items():
         if isinstance(module, AdapterLayer) and module.merged:
             raise AdapterStateError(

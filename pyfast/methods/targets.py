@@ -86,15 +86,26 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
                 f"{path!r} carries an adapter of PEFT; serve it as it is with pyfast.accelerate(model), or "
                 "take PEFT's adapters off first. Nothing was changed"
             )
+        start = f"{path}." if path else ""
         if isinstance(module, AdapterLayer):
             found[path] = module.base_layer
-            inside.append(path + ".")
-        elif isinstance(module, (SavedModule, nn.MultiheadAttention)):
-            # torch's attention reads its output layer's weight and never calls the layer.
-            inside.append(path + ".")
+            inside.append(start)
+        elif isinstance(module, SavedModule):
+            inside.append(start)
+        elif unread := _read_by_owner(module):
+            inside += [start + name for name in unread]
         elif path and (weight_of(module) is not None or _float8(module)):
             found[path] = module
     return found
+
+
+def _read_by_owner(module: nn.Module) -> tuple[str, ...]:
+    """Names inside one of torch's own modules that reads weights and does not call the layers that hold
+    them: its attention does so with all of its output layer, its encoder layer outside of training."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ("",)
+    plain = type(module).forward is nn.TransformerEncoderLayer.forward
+    return ("linear1", "linear2") if plain else ()
 
 
 def _float8(module: nn.Module) -> bool:
@@ -214,6 +225,14 @@ def _refuse_other_kinds(model: nn.Module, name: str, linears: Mapping[str, nn.Mo
                         f"target_modules: {name!r} names {path!r}, which is the same module as {first!r}; "
                         "use that name, it adapts both. Nothing was changed"
                     )
+            outer, _, last = path.rpartition(".")
+            owner = model.get_submodule(outer)
+            if last.startswith(_read_by_owner(owner)):
+                raise UnsupportedError(
+                    f"target_modules: {name!r} names {path!r}, whose weight torch's {type(owner).__name__} "
+                    "reads without calling the layer, so that an adapter there would be ignored; leave it "
+                    "out. Nothing was changed"
+                )
             raise UnsupportedError(
                 f"target_modules: {name!r} names {path!r}, a {type(module).__name__}; only linear layers "
                 "(dense or 4-bit) can carry an adapter. Nothing was changed"

@@ -22,12 +22,26 @@ _SWITCHING = threading.Lock()
 
 
 class Switchable(nn.Module):
-    """Which adapters of a module are active, and whether adapters take part at all."""
+    """Which adapters a module holds and which are active, and whether adapters take part at all."""
 
     def __init__(self) -> None:
         super().__init__()
         self.active: list[str] = []
+        self.configs: dict[str, Any] = {}
+        """Adapter name to the config that it was made from."""
         self._disabled = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._disabled:
+            # Whoever disabled the original will enable that one, never this copy.
+            self._disabled = 1
+            self.enable()
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        self.configs.pop(name, None)
+        self.active = [active for active in self.active if active != name]
 
     @property
     def enabled(self) -> bool:
@@ -128,15 +142,14 @@ class AdapterLayer(Switchable):
         self.active = [name for name in names if name in self.adapter_names()]
 
     def remove(self, name: str) -> None:
-        """Forget an adapter."""
+        super().remove(name)
         for container in self.containers:
             held = getattr(self, container)
             if name in held:
                 del held[name]
-        self.active = [active for active in self.active if active != name]
 
     def delta(self, name: str) -> Tensor:
-        """What merging the adapter adds to W [N, K], in float32."""
+        """What merging the adapter adds to W [N, K], in float32 or wider."""
         raise NotImplementedError
 
     def merge(self, names: list[str], dtype: torch.dtype | None) -> None:
@@ -149,7 +162,8 @@ class AdapterLayer(Switchable):
             NonFiniteError: the merged weight overflows its dtype; the layer is unchanged.
         """
         weight = self.base_weight
-        dense = weight.dense().float()
+        dense = weight.dense()
+        dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
         for name in names:
             dense = dense + self.delta(name)
         dense = dense.to((None if isinstance(weight, DenseWeight) else dtype) or weight.dtype)
@@ -168,6 +182,23 @@ class AdapterLayer(Switchable):
             self._aside = [self.base_layer]
             self.base_layer = dense_linear(weight, dense)
         self.merged = list(names)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            raise AdapterStateError(
+                f"load_state_dict: adapters {self.merged} are merged into {prefix[:-1]!r}, so that what is "
+                "loaded would not take part; call pyfast.unmerge first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the base's weight is a parameter of its own, and not made from others before each
+        forward (pruning, weight_norm, parametrizations), which would undo a merge."""
+        dense = isinstance(self.base_weight, DenseWeight)
+        return not dense or "weight" in self.base_layer._parameters
 
     def unmerge(self) -> None:
         """Put the weight back that `merge` replaced, where the model lies now."""
@@ -190,9 +221,10 @@ class AdapterLayer(Switchable):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether forward or backward hooks are registered on this module itself."""
+    """Whether hooks watch this module itself, or serve it in the place of its forward (offloading)."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -237,10 +269,9 @@ class SavedModule(Switchable):
         self.active = [name for name in names if name in self.modules_to_save][:1]
 
     def remove(self, name: str) -> None:
-        """Forget a copy."""
+        super().remove(name)
         if name in self.modules_to_save:
             del self.modules_to_save[name]
-        self.active = [active for active in self.active if active != name]
 
     def current(self) -> nn.Module:
         """The module that serves now."""

@@ -18,6 +18,7 @@ from pyfast.ops._nf4_format import NEST_MAP, NF4_CODE
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 _DTYPES = {
+    "float64": torch.float64,
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -31,7 +32,8 @@ class NF4Linear(nn.Module):
     The state dict holds bitsandbytes' keys and bytes: `weight` uint8 [ceil(N K / 2), 1],
     `weight.absmax`, `weight.quant_map`, for nested scales `weight.nested_absmax` and
     `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4` (UTF-8 JSON).
-    Scales stay float32 through `.half()` and `.to(dtype)`; the output has the input's dtype.
+    Scales stay float32 through `.half()` and `.to(dtype)`, which change what the weight counts as when it is
+    made dense; the output has the input's dtype.
     """
 
     absmax: Tensor
@@ -106,6 +108,9 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         kept = dict(self._buffers)
+        # The dtype that a dense weight would have after this.
+        probe = torch.empty(1, dtype=self.original_dtype, device=self.weight.device)
+        self.original_dtype = fn(probe).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
             new = self._buffers[name]
@@ -137,7 +142,9 @@ class NF4Linear(nn.Module):
                     f"{prefix}weight: the quantised weight has shape {list(weight.shape)}, this layer "
                     f"[{self.out_features}, {self.in_features}]; load the checkpoint of this model"
                 )
-            device = self.weight.device
+            local_metadata = args[0] if args else kwargs.get("local_metadata", {})
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            device = weight.device if assign else self.weight.device
             for name in ("absmax", "nested_absmax", "nested_offset"):
                 value = getattr(weight, name)
                 self._buffers[name] = None if value is None else value.to(device, copy=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 def cast_for_autocast(first: Tensor, *others: Tensor | None) -> Any:
     """Cast floating-point tensors (but float64) to the autocast dtype of the first one's device, if on."""
     kind = first.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch has no autocast for meta
         return first, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

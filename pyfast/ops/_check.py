@@ -34,6 +34,13 @@ def features(op: str, name: str, tensor: torch.Tensor) -> int:
     return tensor.shape[-1]
 
 
+def rows(op: str, name: str, tensor: torch.Tensor) -> int:
+    """Size of a matrix's first axis; raise ValueError for a tensor that is none."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} must have two dimensions, got {list(tensor.shape)}")
+    return tensor.shape[0]
+
+
 def check_same_device(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raise ValueError unless all tensors lie on the first one's device."""
     for name, other in others.items():

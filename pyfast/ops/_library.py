@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from pyfast.errors import UnsupportedError
 
 _LIB: Any = torch.library.Library("pyfast", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -21,12 +24,12 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 @dataclass(frozen=True)
 class Op:
-    """One registered op and the functions that serve it."""
+    """One registered op and the functions that serve it; `devices` are those its kernel takes."""
 
     name: str
     overload: Any
     reference: Callable[..., Any]
-    has_kernels: bool
+    devices: tuple[str, ...]
     differentiable: bool
 
 
@@ -69,6 +72,7 @@ def define(
     if autograd is not None:
 
         def route(*args: Any) -> Any:
+            _refuse_transforms(name, args)
             if torch.is_grad_enabled() and any(
                 isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
             ):
@@ -76,8 +80,26 @@ def define(
             return below_autograd(overload, *args)
 
         _LIB.impl(name, route, "Autograd")
-    OPS[name] = Op(name, overload, reference, kernel is not None, autograd is not None)
+    served = devices if kernel is not None else ()
+    OPS[name] = Op(name, overload, reference, served, autograd is not None)
     return overload
+
+
+def _refuse_transforms(op: str, args: tuple[Any, ...]) -> None:
+    """Raise for a derivative that would be silently zero, or fail far from the call."""
+    forward = forward_ad._current_level >= 0
+    functional = torch._C._are_functorch_transforms_active()
+    if not forward and not functional:
+        return
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and (
+            (functional and arg.requires_grad)
+            or (forward and forward_ad.unpack_dual(arg).tangent is not None)  # type: ignore[no-untyped-call]
+        ):
+            raise UnsupportedError(
+                f"pyfast.{op} serves neither forward-mode derivatives nor torch.func's transforms. "
+                "Fix: torch.autograd.grad or backward()."
+            )
 
 
 def below_autograd(overload: Any, *args: Any) -> Any:

@@ -40,7 +40,7 @@ def missing(x: Tensor, a: Tensor, b: Tensor) -> str:
         return f"lora_A and lora_B must share a dtype, got {a.dtype} and {b.dtype}"
     k, n = a.shape[1], b.shape[0]
     if k % 8 or n % 8 or min(k, n, a.shape[0]) == 0:
-        return f"in and out features must be multiples of 8, got {k} and {n}"
+        return "in and out features must be multiples of 8"
     if x.numel() // k > _MAX_ROWS:
         return f"at most {_MAX_ROWS} rows, got {x.numel() // k}"
     return ""
@@ -119,7 +119,7 @@ def forward(
         w = _Weight(_dense(weight, (n, k), x.dtype, absmax, nested_absmax, offset, blocksize))
         name = w.gemm(device, m, False)
         work = scratch(_workspace(device, m, n, k, r), x, torch.uint8)
-        _extension.C.lora_forward(
+        served = _extension.C.lora_forward(
             device, _extension.stream(device), _extension.DTYPES[x.dtype],
             _extension.DTYPES[a.dtype], m, n, k, r, x_mk.data_ptr(), x_mk.stride(0),
             w.matrix.data_ptr() if name else 0, w.pitch, w.by_out, a.data_ptr(), b.data_ptr(),
@@ -127,7 +127,7 @@ def forward(
             counters(_extension.C.lora_counters, x).data_ptr(), _extension.ptr(bias),
             y.data_ptr(), z.data_ptr(),
         )  # fmt: skip
-        _library.record("lora_linear", name or "lora_linear_skinny")
+        _library.record("lora_linear", served or "lora_linear_skinny")
         if not name:
             base = torch.nn.functional.linear(x_mk, w.matrix, bias)
             torch.addmm(base, z[:, :r], b.to(x.dtype).t(), out=y.view(m, n))
@@ -153,15 +153,13 @@ def backward(
     dz = x.new_empty((m, padded(r)))
     device = x.device.index
     a, b = a.contiguous(), b.contiguous()
-    # The mask of dz A would be drawn between two products of one GEMM; they are made one by one.
-    fused = want_x and dropout == 0.0
     with scratch_lock:
         name = ""
         if want_x:
             w = _Weight(_dense(weight, (n, k), x.dtype, absmax, nested_absmax, offset, blocksize))
-            name = w.gemm(device, m, True) if fused else ""
+            name = w.gemm(device, m, True)
         work = scratch(_workspace(device, m, n, k, r), x, torch.uint8)
-        _extension.C.lora_backward(
+        served = _extension.C.lora_backward(
             device, _extension.stream(device), _extension.DTYPES[x.dtype],
             _extension.DTYPES[a.dtype], m, n, k, r, x_mk.data_ptr(), x_mk.stride(0),
             w.matrix.data_ptr() if name else 0, w.pitch if name else 0, w.by_out if name else True,
@@ -171,7 +169,7 @@ def backward(
             z.data_ptr(), dz.data_ptr(), grad_x.data_ptr() if want_x else 0,
             grad_a.data_ptr() if want_a else 0, grad_b.data_ptr() if want_b else 0,
         )  # fmt: skip
-        _library.record("lora_linear_backward", name or "lora_linear_skinny")
+        _library.record("lora_linear_backward", served or "lora_linear_skinny")
         if want_x and not name:
             base = torch.mm(dy_mn, w.matrix)
             low, a_rk = dz[:, :r], a.to(x.dtype)

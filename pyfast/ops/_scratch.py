@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import torch
@@ -12,6 +13,16 @@ _buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 scratch_lock = threading.Lock()
 """Held from `scratch` to the last launch that uses it: threads share buffers, and launches drop the GIL."""
+
+
+def _renew_after_fork() -> None:
+    """In a forked child nobody is left to release the lock, nor to finish what was in the buffers."""
+    scratch_lock._at_fork_reinit()  # type: ignore[attr-defined]
+    _buffers.clear()
+    _counters.clear()
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 def scratch(numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

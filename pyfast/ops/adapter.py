@@ -158,7 +158,9 @@ def _bottleneck_fake(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "adapter_bottleneck"
     _check.check_dtype(op, "x", x, _COMPUTE)
-    k, r = _check.features(op, "x", x), down.shape[0]
+    k, r = _check.features(op, "x", x), _check.rows(op, "down", down)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"{op}: norm_bias needs norm_weight; without one there is no norm")
     sizes = {
         "down": (down, (r, k)),
         "up": (up, (k, r)),
@@ -313,7 +315,8 @@ def adapter_bottleneck(
         [..., K] of the compute dtype.
 
     Raises:
-        ValueError: a shape, a device or the activation does not fit.
+        ValueError: a shape, a device or the activation does not fit, or norm_bias comes without
+            norm_weight.
     """
     (x,) = cast_for_autocast(x)
     params = [

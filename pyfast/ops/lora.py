@@ -37,9 +37,13 @@ def _check_lora(
 ) -> None:  # fmt: skip
     _check.check_dtype(op, "x", x, _COMPUTE)
     _check.check_same_device(op, x, weight=weight, bias=bias, lora_A=a, lora_B=b, absmax=absmax)
-    n, k = b.shape[0], _check.features(op, "x", x)
-    _check.check_shape(op, "lora_A", a, (a.shape[0], k))
-    _check.check_shape(op, "lora_B", b, (n, a.shape[0]))
+    r, n, k = (
+        _check.rows(op, "lora_A", a),
+        _check.rows(op, "lora_B", b),
+        _check.features(op, "x", x),
+    )
+    _check.check_shape(op, "lora_A", a, (r, k))
+    _check.check_shape(op, "lora_B", b, (n, r))
     if absmax is None:
         _check.check_shape(op, "weight", weight, (n, k))
         _check.check_dtype(op, "weight", weight, (x.dtype,))
@@ -216,10 +220,10 @@ class _LoraLinear(torch.autograd.Function):
 
 def _lora_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, bias, a, b, _, dropout, seed, absmax, *rest = args
+    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, *rest)
     if reason := _lora_launch.missing(x, a, b):
         result: tuple[Tensor, Tensor] = _library.fall_back("lora_linear", reason, *args)
         return result
-    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, *rest)
     return _lora_launch.forward(*args)
 
 

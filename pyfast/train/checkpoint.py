@@ -155,8 +155,8 @@ def _write_error(directory: Path, name: str, error: Exception, needed: int) -> C
         text += f"It needs more than {needed / 1e6:,.1f} MB; {free / 1e6:,.1f} MB are free. "
     latest = read_latest(directory)
     text += f"The checkpoint {latest} is intact. " if latest else "There is no earlier checkpoint. "
-    fix = f"free space or allow writing there, then --output_dir {directory.parent} --resume true."
-    return CheckpointWriteError(f"{text}Fix: {fix}")
+    onward = f"--output_dir {directory.parent} --resume true" if latest else "start again"
+    return CheckpointWriteError(f"{text}Fix: free space or allow writing there, then {onward}.")
 
 
 def _files(directory: Path) -> Iterator[Path]:
@@ -204,7 +204,10 @@ def clean(directory: Path) -> None:
 
 
 def _names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.glob("step-*") if path.is_dir())
+    """The checkpoints, oldest first; from step 1,000,000 on their names grow longer."""
+    found = [path.name for path in directory.glob("step-*") if path.is_dir()]
+    steps = [name for name in found if name.removeprefix("step-").isdecimal()]
+    return sorted(steps, key=lambda name: int(name.removeprefix("step-")))
 
 
 def read_latest(directory: Path) -> str | None:

@@ -217,12 +217,23 @@ def _get(config: FinetuneConfig, path: str) -> Any:
     return value
 
 
+def _check_given(part: Any, path: str = "") -> None:
+    """Refuse None, YAML's null, where a value is needed."""
+    for field_ in dataclasses.fields(part):
+        value, name = getattr(part, field_.name), path + field_.name
+        if dataclasses.is_dataclass(value):
+            _check_given(value, f"{name}.")
+        elif value is None and field_.default is not None:
+            raise ConfigError(f"{name} is null. Fix: leave it out for {field_.default!r}.")
+
+
 def validate(config: FinetuneConfig) -> None:
     """Check every value of a configuration before anything is loaded.
 
     Raises:
         ConfigError: A value is out of its range, or two values do not go together.
     """
+    _check_given(config)
     for path, choices in _CHOICES.items():
         if (value := _get(config, path)) not in choices:
             raise ConfigError(f"{path} is {value!r}. Fix: one of {', '.join(choices)}.")

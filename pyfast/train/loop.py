@@ -21,6 +21,7 @@ from pyfast.train.data import IGNORED, Batch, Data, Example, collate, load_data,
 from pyfast.train.metrics import Metrics, say
 from pyfast.train.model import (
     Place,
+    check_data,
     choose_place,
     evaluating,
     prepare_model,
@@ -38,6 +39,7 @@ from pyfast.train.run import (
     prepare_output,
     resume_settings,
     seed_everything,
+    writing,
 )
 
 
@@ -48,11 +50,12 @@ def finetune(config: FinetuneConfig) -> Result:
     KeyboardInterrupt and SIGTERM SystemExit. A second signal stops at once.
 
     Raises:
-        ConfigError: A setting is wrong or the output directory is in use.
+        ConfigError: A setting is wrong, the data do not fit the model, or the output directory is in use.
         DataError, EmptyTargetError: A record cannot be used, or no answer is left to learn.
         NoGradientError: Nothing would train.
         NonFiniteError: Loss or gradient is NaN or infinite; the weights of the last step are kept.
-        ResumeError, CheckpointCorruptError, CheckpointWriteError: A checkpoint cannot be used or written.
+        ResumeError, CheckpointCorruptError: A checkpoint cannot be used.
+        CheckpointWriteError: A checkpoint, or anything else in the output directory, cannot be written.
     """
     validate(config)
     place = choose_place(config.run)
@@ -69,13 +72,21 @@ def finetune(config: FinetuneConfig) -> Result:
             f"no record is left to train on: the split holds out all {len(data.evaluation.items)}. "
             "Fix: more distinct records, or --dataset.eval_fraction 0"
         )
+    check_data(model, tokenizer, data)
     trainer = Trainer(config, place, model, tokenizer, parameters, data, output)
     describe(config, place, model, parameters, data, trainer.total)
     if checkpoint:
         trainer.resume(checkpoint)
-    prepare_output(config, output)  # from here on a run leaves something behind
-    samples = Samples(config.run.samples, data, output)
-    progress = trainer.progress
+    with writing(output, checkpoint):  # from here on a run leaves something behind
+        prepare_output(config, output)
+        return _train(trainer)
+
+
+def _train(trainer: Trainer) -> Result:
+    """Make the steps that are left, and close the run."""
+    config, output, progress = trainer.config, trainer.output, trainer.progress
+    model, tokenizer = trainer.model, trainer.tokenizer
+    samples = Samples(config.run.samples, trainer.data, output)
     with (
         Metrics(output, trainer.total, progress.step, config.run.log_every) as metrics,
         StopSignals() as stop,

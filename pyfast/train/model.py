@@ -14,6 +14,7 @@ import torch
 import pyfast
 from pyfast.errors import ConfigError, NoGradientError
 from pyfast.train.config import FinetuneConfig, RunOptions
+from pyfast.train.data import Data
 from pyfast.train.default_model import HUB_ID
 from pyfast.train.pretrained import load_pretrained, model_source
 
@@ -42,7 +43,7 @@ def choose_place(options: RunOptions) -> Place:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" exists, but nothing can be read from it
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"run.device is {name!r}: {reason}. Fix: run.device=auto.") from error
@@ -101,6 +102,52 @@ def prepare_model(
     return model, tokenizer
 
 
+def learned_positions(model: Any) -> int | None:
+    """Length of a learned table of positions, which no input can exceed; None where there is none."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    sizes = [
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not words
+    ]
+    # Some tables have up to two rows before that of the first position.
+    if positions and any(positions <= size <= positions + 2 for size in sizes):
+        return int(positions)
+    return None
+
+
+def check_vocabulary(model: Any, tokenizer: Any, largest: int) -> None:
+    """Refuse a token that the model has no embedding for.
+
+    Raises:
+        ConfigError: `largest`, the highest token id, is beyond the embeddings.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    if largest >= size:
+        raise ConfigError(
+            f"the tokenizer's token {tokenizer.convert_ids_to_tokens(largest)!r} is number {largest}, but "
+            f"{type(model).__name__} has embeddings for {size} tokens. Fix: the tokenizer of this model."
+        )
+
+
+def check_data(model: Any, tokenizer: Any, data: Data) -> None:
+    """Refuse records that have tokens or positions which the model has not.
+
+    Raises:
+        ConfigError: A record is too long, or a token is unknown to the model.
+    """
+    items = [*data.train.items, *data.evaluation.items]
+    check_vocabulary(model, tokenizer, max(int(item.tokens.max()) for item in items))
+    longest = max(items, key=lambda item: len(item.tokens))
+    positions = learned_positions(model)
+    if positions is not None and len(longest.tokens) > positions:
+        raise ConfigError(
+            f"{longest.record.file} line {longest.record.line:,} has {len(longest.tokens)} tokens, but "
+            f"{type(model).__name__} has {positions} positions. Fix: --dataset.max_length {positions}"
+        )
+
+
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Name and parameter of all that trains.
 
@@ -132,16 +179,24 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
     """The model's greedy answer to a prompt, through the chat template where there is one."""
     inputs = _prompt(model, tokenizer, prompt)
+    start = inputs["input_ids"].shape[1]
+    if (positions := learned_positions(model)) is not None:
+        max_new_tokens = min(max_new_tokens, positions + 1 - start)
+    if max_new_tokens < 1:
+        return ""
     with evaluating(model):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    start = inputs["input_ids"].shape[1]
     return str(tokenizer.decode(output[0, start:], skip_special_tokens=True)).strip()
 
 
 def stream_answer(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float
 ) -> None:
-    """Write the answer to standard output as it comes."""
+    """Write the answer to standard output as it comes.
+
+    Raises:
+        ConfigError: The model has no positions for prompt and answer, or no embedding for a token.
+    """
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -150,6 +205,14 @@ def stream_answer(
     )
     with evaluating(model):
         inputs = _prompt(model, tokenizer, prompt)
+        length, positions = inputs["input_ids"].shape[1], learned_positions(model)
+        if positions is not None and length + max_new_tokens > positions + 1:
+            room = positions + 1 - length
+            raise ConfigError(
+                f"the prompt has {length} tokens and max_new_tokens is {max_new_tokens}, but "
+                f"{type(model).__name__} has {positions} positions. Fix: "
+                f"{f'--max_new_tokens {room}' if room > 0 else 'a shorter prompt'}."
+            )
         model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
 
 
@@ -161,6 +224,7 @@ def _prompt(model: Any, tokenizer: Any, prompt: str) -> dict[str, Any]:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         special = False  # the template has written them
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=special)["input_ids"]
+    check_vocabulary(model, tokenizer, max(ids[0].tolist(), default=0))
     ids = ids.to(model.device)
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **ends}
@@ -170,6 +234,20 @@ def write_weights(model: Any, tokenizer: Any, directory: Path, method: str) -> N
     """Write `directory`/adapter in PEFT's form, or under sft `directory`/model with its tokenizer."""
     if method == "sft":
         model.save_pretrained(directory / "model")
-        tokenizer.save_pretrained(directory / "model")
+        save_tokenizer(tokenizer, directory / "model")
     else:
         pyfast.save_adapter(model, directory / "adapter")
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer; what the tokenizers library raises on a full disk has no type of its own.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    try:
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error

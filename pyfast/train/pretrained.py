@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from pyfast.errors import ConfigError, PyfastError, UnsupportedError
 from pyfast.train.default_model import default_model_dir
@@ -25,30 +26,61 @@ def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tu
     """A causal language model and its tokenizer; code that comes with a model is never run.
 
     Raises:
-        ConfigError: There is no such model, here or on the hub, or it cannot be read.
+        ConfigError: There is no such model, here or on the hub, it cannot be read, or its weights are
+            not all there in the shapes that its config.json asks for.
         UnsupportedError: The model is an encoder-decoder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = _locate(source)
     only = {"local_files_only": Path(place).is_dir()}
-    try:
+    with telling_what_cannot_be_read(source):
         config = AutoConfig.from_pretrained(place, **only)
         if config.is_encoder_decoder:
             raise UnsupportedError(
                 f"'{source}' is an encoder-decoder ({config.model_type}); this command trains decoders only."
             )
         tokenizer = AutoTokenizer.from_pretrained(place, **only)
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, device_map={"": device}, **only
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            device_map={"": device},
+            ignore_mismatched_sizes=True,  # they are told below, with both shapes
+            output_loading_info=True,
+            **only,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, PyfastError):
-            raise
-        raise ConfigError(f"cannot load the model '{source}': {_first_line(error)}.") from error
+    model, info = loaded
+    _check_complete(source, model, info)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def telling_what_cannot_be_read(source: str) -> Iterator[None]:
+    """Turn whatever a model's files make transformers raise into one sentence."""
+    try:
+        yield
+    except PyfastError:
+        raise
+    except Exception as error:  # the values of a config.json reach any arithmetic there is
+        raise ConfigError(f"cannot load the model '{source}': {_first_line(error)}.") from error
+
+
+def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights are not the stored ones but random."""
+    kind = type(model).__name__
+    if other := sorted(info["mismatched_keys"]):
+        name, stored, needed = other[0]
+        raise ConfigError(
+            f"{len(other)} weights of '{source}' have other shapes than its config.json asks for (first: "
+            f"{name}, {list(stored)} for {list(needed)}). Fix: the config.json that belongs to the weights."
+        )
+    if lacking := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"'{source}' lacks {len(lacking)} weights of {kind} (first: {lacking[0]}). "
+            "Fix: get the model again, as a whole."
+        )
 
 
 def _locate(source: str) -> str:
@@ -92,4 +124,7 @@ def _locate(source: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    """What an error says first, with the line that a heading announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = (lines or [type(error).__name__])[0]
+    return " ".join(lines[:2] if first.endswith(":") else [first]).rstrip(".:")

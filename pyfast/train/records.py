@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -92,7 +94,7 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
         options: Decides about bad and repeated records.
 
     Raises:
-        ConfigError: A file does not exist.
+        ConfigError: A file does not exist, or is a directory or a pipe.
         DataError: A record cannot be used (named by file, line and column), too many are bad, or
             none is left.
     """
@@ -101,7 +103,8 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
     total = 0
     for file in files:
         if not Path(file).is_file():
-            raise ConfigError(f"data file '{file}' does not exist.")
+            there = "is no regular file" if Path(file).exists() else "does not exist"
+            raise ConfigError(f"data file '{file}' {there}. Fix: the path of a JSONL file.")
         form: str | None = None
         for line, raw in _lines(file):
             total += 1
@@ -138,15 +141,16 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     try:
         # latin-1 maps every byte to one character, so that a bad UTF-8 sequence is found in its own
         # line and not reported for a whole block of the file.
-        lines = load_dataset(
-            "text", data_files=[file], split="train", streaming=True, encoding="latin-1"
-        )
-        for number, row in enumerate(lines, start=1):
-            raw = row["text"].encode("latin-1")
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip():
-                yield number, raw
+        with _plain_name(file) as path:
+            lines = load_dataset(
+                "text", data_files=[path], split="train", streaming=True, encoding="latin-1"
+            )
+            for number, row in enumerate(lines, start=1):
+                raw = row["text"].encode("latin-1")
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield number, raw
     except Exception as error:  # each compression library has errors of its own
         ending = Path(file).suffix
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
@@ -155,6 +159,16 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
             f"'{ending}' says ({type(error).__name__}: {reason}). "
             "Fix: write the file again, plain as .jsonl or whole as .gz, .bz2, .xz or .zip."
         ) from error
+
+
+@contextlib.contextmanager
+def _plain_name(file: str) -> Iterator[str]:
+    """A path to the file without *, ?, [ and ::, which datasets takes for patterns and archives."""
+    ending = re.sub(r"[^.\w]", "_", Path(file).suffix)
+    with tempfile.TemporaryDirectory(prefix="pyfast-") as directory:
+        link = Path(directory) / f"data{ending}"
+        link.symlink_to(Path(file).resolve())
+        yield str(link)
 
 
 def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Record]:
@@ -200,7 +214,9 @@ def _form(value: dict[str, Any]) -> str:
 def _turns(value: dict[str, Any], text: str) -> Iterator[tuple[str, str]]:
     messages = value.get(_MESSAGES)
     column = _column(text, _MESSAGES)
-    if not isinstance(messages, list) or not messages:
+    if messages == []:
+        raise _Bad(column, "field 'messages' is an empty list, it must hold the turns.")
+    if not isinstance(messages, list):
         raise _Bad(column, f"field 'messages' must be a list of turns, this is {_kind(messages)}.")
     roles = []
     for index, message in enumerate(messages):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 
-from pyfast.errors import ConfigError, ResumeError
+from pyfast.errors import CheckpointWriteError, ConfigError, PyfastError, ResumeError
 from pyfast.train import checkpoint as ckpt
 from pyfast.train import default_data
 from pyfast.train.checkpoint import Checkpoint, Progress
@@ -81,6 +85,47 @@ def check_output(config: FinetuneConfig) -> Path:
             "Fix: another --output_dir."
         )
     return output
+
+
+@contextlib.contextmanager
+def writing(output: Path, start: Checkpoint | None) -> Iterator[None]:
+    """Keep other runs out of a run's directory, and tell in a sentence when a disk refuses something.
+
+    Args:
+        output: The directory; it is made.
+        start: The checkpoint that the run goes on from.
+
+    Raises:
+        ConfigError: Another run writes there, or has done so after `start` was read.
+        CheckpointWriteError: Something could not be written.
+    """
+    checkpoints = output / "checkpoints"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / ".lock").open("a") as stream:  # the system drops the lock with the process
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _in_use(output, "is being written by") from None
+            except OSError:  # a file system without locks
+                pass
+            if ckpt.read_latest(checkpoints) != (start.path.name if start else None):
+                raise _in_use(output, "has just been written by")
+            yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, PyfastError):
+            raise
+        latest = ckpt.read_latest(checkpoints)
+        state = f"The checkpoint {latest} is intact" if latest else "There is no checkpoint"
+        onward = resume_command(output) if latest else "start again"
+        raise CheckpointWriteError(
+            f"output_dir '{output}' cannot be written: {error}. {state}. "
+            f"Fix: free space or allow writing there, then {onward}."
+        ) from error
+
+
+def _in_use(output: Path, how: str) -> ConfigError:
+    return ConfigError(f"output_dir '{output}' {how} another run. Fix: another --output_dir.")
 
 
 def prepare_output(config: FinetuneConfig, output: Path) -> None:
@@ -306,10 +351,12 @@ def finish(
     temporary = output / ".tmp-weights"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    write_weights(model, tokenizer, temporary, config.method)
-    shutil.rmtree(weights, ignore_errors=True)
-    (temporary / kind).rename(weights)
-    temporary.rmdir()
+    try:
+        write_weights(model, tokenizer, temporary, config.method)
+        shutil.rmtree(weights, ignore_errors=True)
+        (temporary / kind).rename(weights)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     curve = output / "loss_curve.png"
     plot_losses(output / "metrics.jsonl", curve, f"{_model_name(config)}, {config.method}")
     result = Result(

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,6 +74,94 @@ def test_generate_uses_the_adapter(
     assert run(*arguments)[1] == out
 
 
+class Took(Exception):
+    """Carries the arguments that a command got."""
+
+
+@pytest.mark.parametrize("text", ["# w1", "null", "~", "NULL", "a: b", "[1]", '"q"', "1", "-"])
+def test_text_is_taken_as_it_was_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """YAML, which other values are read as, has its own meaning for all of these."""
+    import pyfast.cli
+
+    def take(command: str, values: dict[str, Any]) -> None:
+        raise Took(values)
+
+    monkeypatch.setattr(pyfast.cli, "_run", take)
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: another\ndataset: {eval_data: null}\n")
+    flags = {"finetune": "output_dir", "generate": "prompt", "merge": "model"}
+    needed = {"finetune": ["--config", file], "merge": ["--adapter", "a", "--output", "b"]}
+    for command, flag in flags.items():
+        for written in ([f"--{flag}", text], [f"--{flag}={text}"]):
+            with pytest.raises(Took) as caught:
+                run(command, *needed.get(command, []), *written)
+            assert caught.value.args[0][flag] == text
+    with pytest.raises(Took) as caught:
+        run("finetune", "--config", file)
+    assert caught.value.args[0]["output_dir"] == "another"
+    assert caught.value.args[0]["dataset"].eval_data is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("run: 5", "run is 5; it must be a mapping of settings"),
+        ("quant: null", "quant is None; it must be a mapping"),
+        ("optimizer: [1]", "optimizer is [1]; it must be a mapping"),
+        ("model: \udcff", "the --config file is not UTF-8: "),
+    ],
+)
+def test_config_file_of_another_form(
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    message: str,
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SystemExit) as caught:
+        run("finetune", "--config", file)
+    assert caught.value.code == 2
+    error, options = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {message}")
+    assert options.startswith("All options: pyfast")
+
+
+@pytest.mark.parametrize("name", ["model", "data", "run.batch_size", "optimizer.betas"])
+def test_null_where_a_value_is_needed(run: Run, tmp_path: Path, name: str) -> None:
+    group, _, key = name.rpartition(".")
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{group}: {{{key}: null}}\n" if group else f"{key}: null\n")
+    status, _, err = run("finetune", "--config", file)
+    assert status == 2
+    assert f"ConfigError [PF018] {name} is null. Fix: leave it out" in err
+
+
+@pytest.mark.parametrize("flag", [["generate", "--prompt"], ["finetune", "--output_dir"]])
+def test_argument_that_is_not_utf_8(
+    run: Run, capsys: pytest.CaptureFixture[str], flag: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*flag, os.fsdecode(b"o\xff"))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: argument 3 is not UTF-8: 'o\\udcff'\n")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_not_utf_8(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b"w3 \xff\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", stream)
+    status, _, err = run("generate", "--model", base, "--max_new_tokens", 1)
+    assert status == 2
+    assert err.startswith("ConfigError [PF018] standard input is not UTF-8: ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +173,7 @@ def test_generate_uses_the_adapter(
         (["generate", "--adapter", "nowhere"], "'nowhere' is not an adapter directory"),
         (["generate", "--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
         (["generate", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--device", "meta"], "run.device is 'meta'"),
         (["generate", "--model", "no/such"], "the Hugging Face hub cannot be asked"),
         (["convert", "--source", "{base}/config.json", "--output", "new"], "nor an adapter file"),
         (

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def test_kernels_named_are_the_ones_that_run(run: Run) -> None:
         row = rows.get(f"{case.op} on cpu") or rows[f"{case.op.removesuffix('_backward')} on cpu"]
         compiled = {kernel for _, kernel in ran if kernel.endswith(("avx512", "avx2", "scalar"))}
         assert compiled <= set(re.findall(r"\w+", row)), str(case)
+
+
+def test_parts_of_an_op_whose_kernels_are_for_another_device(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, cuda = ({"name": f"k_{d}", "device": d, "reason": ""} for d in ("cpu", "cuda"))
+    built = {"dropout": [cpu, cuda], "nf4_dequantize": [cpu, cuda], "lora_linear": [cuda]}
+    facts = {"cuda": "", "cutlass": "", "compiler": "", "build_type": "", "cpu_isas": []}
+    extension = SimpleNamespace(variants=lambda op: built.get(op, []), build_info=lambda: facts)
+    monkeypatch.setattr(_extension, "C", extension)
+    shown = kernels(run("info")[1])
+    assert shown["lora_linear on cuda"] == "k_cuda"
+    parts = "torch composition, with k_cpu for NF4 weights and k_cpu for dropout"
+    assert shown["lora_linear on cpu"] == parts
 
 
 def test_op_that_is_new_is_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,40 @@ def test_adapter_of_a_stored_4_bit_model(run: Run, base: Path, data: Path, tmp_p
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_weights_that_fp16_cannot_hold(
+    run: Run, base: Path, trained: Path, tmp_path: Path, command: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 1] = 1e5
+    model.save_pretrained(tmp_path / "large")
+    for file in base.glob("tokenizer*"):
+        (tmp_path / "large" / file.name).write_bytes(file.read_bytes())
+    source = {
+        "merge": ["--adapter", trained / "adapter", "--model", tmp_path / "large"],
+        "convert": ["--source", tmp_path / "large"],
+    }[command]
+    status, _, err = run(command, *source, "--output", tmp_path / "m", "--dtype", "fp16")
+    assert status == 2
+    expected = "NonFiniteError [PF004] model.layers.1.mlp.up_proj.weight holds NaN or infinity in "
+    assert err.startswith(expected)
+    assert err.endswith("Fix: --dtype bf16.\n")
+    assert not (tmp_path / "m").exists()
+    assert run(command, *source, "--output", tmp_path / "m", "--dtype", "bf16")[0] == 0
+
+
+def test_stored_4_bit_model_with_another_config(run: Run, base: Path, tmp_path: Path) -> None:
+    assert run("quantize", "--model", base, "--output", tmp_path / "q")[0] == 0
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+    status, _, err = run("convert", "--source", tmp_path / "q", "--output", tmp_path / "d")
+    assert status == 2
+    assert err.startswith("ConfigError [PF018] cannot load the model")
+    assert "size mismatch for model.embed_tokens.weight" in err
+    assert err.count("\n") == 1
+
+
 def test_forgotten_nf4_is_noted(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["--model", base, "--data", data, "--output_dir", tmp_path, "--run.steps", 1]
     assert run("finetune", "--method", "qlora", *arguments, *SMALL)[0] == 0

@@ -176,6 +176,54 @@ def test_hooks_and_replaced_forwards():
     assert row.reason == "its forward was replaced, as hooks that move weights between devices do"
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def odd_dropout(layer):
+    layer.lora_dropout["default"] = nn.AlphaDropout(0.5).eval()
+
+
+def odd_factor(layer):
+    layer.lora_A["default"].__class__ = Doubling
+
+
+def hooked_factor(layer):
+    layer.lora_B["default"].register_forward_hook(lambda module, args, out: 3 * out)
+
+
+def hooked_dropout(layer):
+    layer.lora_dropout["default"].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+ODD = {
+    odd_dropout: "its lora_dropout is a AlphaDropout",
+    odd_factor: "its lora_A is a Doubling",
+    hooked_factor: "its lora_B has hooks or a replaced forward",
+    hooked_dropout: "its lora_dropout has hooks or a replaced forward",
+}
+
+
+@pytest.mark.parametrize("change", ODD)
+@pytest.mark.parametrize("late", [False, True])
+def test_what_sits_on_pefts_inner_modules_is_kept(change, late):
+    model, plain = lora(lora_dropout=0.1).eval(), lora(lora_dropout=0.1).eval()
+    path = "base_model.model.model.layers.0.mlp.up_proj"
+    change(plain.get_submodule(path))
+    if late:
+        pyfast.accelerate(model)
+    change(model.get_submodule(path))
+    (row,) = pyfast.accelerate(model).left[:-1]  # without the output layer
+    assert (row.path, row.reason) == (path, ODD[change])
+    assert torch.allclose(logits(model), logits(plain), atol=1e-6)
+    layer, x = model.get_submodule(path).train(), torch.randn(3, 64)
+    torch.manual_seed(0)
+    ours = layer(x)
+    torch.manual_seed(0)
+    assert torch.allclose(ours, plain.get_submodule(path).train()(x), atol=1e-6)
+
+
 def test_dropout_trains_and_is_off_in_eval():
     model, plain = lora(lora_dropout=0.3).eval(), lora(lora_dropout=0.3).eval()
     pyfast.accelerate(model)

@@ -97,3 +97,16 @@ def test_each_dense_weight_is_freed_when_its_layer_is_quantised(monkeypatch):
     monkeypatch.setattr(NF4Linear, "from_weight", counting)
     pyfast.quantize(model)
     assert alive == list(range(count, 0, -1))
+
+
+def test_an_interrupted_quantize_says_so_and_goes_on_when_called_again(monkeypatch):
+    model, whole = llama(), pyfast.quantize(llama())
+    fail_at(monkeypatch, NF4Linear, "from_weight", 4)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        pyfast.quantize(model)
+    assert caught.value.__notes__ == [
+        "quantize: 3 of 14 linear layers are NF4 now; the same call again goes on with the others"
+    ]
+    monkeypatch.undo()
+    pyfast.quantize(model)
+    assert fingerprint(model) == fingerprint(whole)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`adapters_disabled` in awkward company: damaged adapters, overlapping blocks, threads, moves."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -122,6 +124,24 @@ def test_blocks_in_threads(merged):
     assert_same(model, before)
     with pyfast.adapters_disabled(model):
         assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("make", [llama, quantized])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_inside_a_block_is_not_disabled_for_good(make, merged, clone):
+    model = adapted(make)
+    if merged:
+        pyfast.merge(model)
+    before, expected, base = state(model), logits(model), logits(make())
+    with pyfast.adapters_disabled(model), pyfast.adapters_disabled(model):
+        other = clone(model)
+        assert torch.equal(logits(model), base)
+        assert torch.equal(logits(other), expected)
+    assert_same(model, before)
+    with pyfast.adapters_disabled(other):
+        assert torch.equal(logits(other), base)
+    assert torch.equal(logits(other), expected)
 
 
 def test_a_block_that_cannot_be_entered_changes_nothing(monkeypatch):

@@ -10,6 +10,7 @@ from torch import nn
 
 import pyfast
 from pyfast import LoraConfig
+from pyfast.errors import UnsupportedError
 from pyfast.methods.lora import LoraLinear
 from pyfast.nn import NF4Linear, SavedModule
 from tests.models import (
@@ -232,11 +233,28 @@ def test_modules_to_save_trains_a_copy():
     assert not torch.equal(model.lm_head.weight, original)
 
 
-def test_attention_of_torch_is_not_adapted_in_vain():
-    # torch's attention never calls its output layer, so an adapter there would train to no effect.
-    model = nn.TransformerEncoderLayer(8, 2, 16)
-    pyfast.apply(model, LoraConfig(target_modules="all-linear", r=2))
-    assert adapted_paths(model, LoraLinear) == {"linear1", "linear2"}
+@pytest.mark.parametrize("change", [pyfast.quantize, None])
+def test_layers_that_torch_reads_and_does_not_call_are_spared(change):
+    # Its attention never calls its output layer, its encoder layer in eval neither of its two linears.
+    encoder = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)
+    model, x = nn.Sequential(encoder, nn.Linear(64, 64)).eval(), torch.randn(2, 5, 64)
+    config = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    if change:
+        change(model)
+    adapted = pyfast.apply(model, config)
+    assert adapted_paths(adapted, LoraLinear) == {"1"}
+    with torch.no_grad():
+        fast = adapted(x)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert torch.allclose(fast, adapted(x), atol=1e-5)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    why = "reads without calling the layer"
+    cases = {"linear1": why, "linear2": why, "out_proj": why, "norm1": "a LayerNorm; only linear"}
+    for name, text in cases.items():
+        with pytest.raises(UnsupportedError, match=text):
+            pyfast.apply(model, LoraConfig(target_modules=[name]), adapter_name="b")
 
 
 def test_classifier_head_is_spared_and_saved():

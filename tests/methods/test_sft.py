@@ -6,6 +6,8 @@ import torch
 
 import pyfast
 from pyfast import SFTConfig
+from pyfast.errors import AdapterStateError, ConfigError
+from pyfast.methods.state import adapter_configs
 from tests.models import gpt2, llama, train
 
 
@@ -37,5 +39,26 @@ def test_saves_the_whole_model(tmp_path):
     model = pyfast.apply(llama(), SFTConfig())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
-    with pytest.raises(pyfast.errors.ConfigError, match="SFT has no adapter to save"):
+    with pytest.raises(AdapterStateError, match="no adapter 'default'; the model has none"):
         pyfast.save_adapter(model, tmp_path / "a")
+
+
+def test_is_no_adapter(tmp_path):
+    model = pyfast.apply(llama(), SFTConfig())
+    pyfast.apply(model, pyfast.LoraConfig(init_lora_weights=False), adapter_name="x")
+    with pytest.raises(AdapterStateError, match=r"no adapter 'default'; the model has \['x'\]"):
+        pyfast.merge(model, "default")
+    assert set(adapter_configs(model)) == {"x"}
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_a_single_name_and_other_types():
+    model = pyfast.apply(llama(), SFTConfig(freeze_modules="lm_head"))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"lm_head.weight"}
+    for value in (3, 0, ["lm_head", 3]):
+        with pytest.raises(
+            ConfigError, match=r"freeze_modules=.* must be a name or a list of names"
+        ):
+            pyfast.apply(model, SFTConfig(freeze_modules=value))

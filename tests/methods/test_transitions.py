@@ -362,6 +362,6 @@ def test_names_of_module_attributes_are_refused(name):
 
 def test_merging_takes_floating_point_types_only():
     model = pyfast.apply(llama(), pyfast.LoraConfig(target_modules=["q_proj"]))
-    for dtype in (torch.int8, "float16", 3):
+    for dtype in (torch.int8, torch.float8_e4m3fn, "float16", 3):
         with pytest.raises(pyfast.errors.ConfigError, match="floating-point"):
             pyfast.merge(model, dtype=dtype)

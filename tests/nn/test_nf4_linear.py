@@ -127,9 +127,38 @@ def test_scales_stay_float32_through_dtype_changes(convert):
     assert ours.nested_absmax.dtype == ours.nested_offset.dtype == torch.float32
     assert ours.absmax.dtype == ours.weight.dtype == torch.uint8
     assert ours.bias.dtype != torch.float32
-    assert torch.equal(ours.nf4_weight().dense(), before)
+    assert torch.equal(ours.nf4_weight().dense(torch.float32), before)
+    assert ours.nf4_weight().dense().dtype == ours.bias.dtype
     x = torch.randn(2, 128).to(ours.bias.dtype)
     assert ours(x).dtype == x.dtype
+
+
+def test_merging_after_a_change_of_dtype_gives_a_model_that_runs():
+    model = pyfast.quantize(nn.Sequential(dense(64, 128), dense(64, 64))).to(torch.bfloat16)
+    config = pyfast.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    pyfast.apply(model, config)
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    expected = model(x)
+    pyfast.merge(model)
+    assert torch.allclose(model(x), expected, atol=0.1)
+
+
+def test_float64_comes_back_from_a_state_dict():
+    ours = ours_of(dense(64, 128, dtype=torch.float64))
+    other = ours_of(dense(64, 128))
+    other.load_state_dict(ours.state_dict())
+    expected = oracle(dense(64, 128)).state_dict()
+    assert torch.equal(other.weight.data, expected["weight"])
+    assert torch.equal(other.nf4_weight().dense(), ours.nf4_weight().dense())
+    assert other.nf4_weight().dtype == torch.float64
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_assigning_a_state_dict_brings_a_layer_back_from_the_meta_device(nested):
+    ours, x = ours_of(dense(64, 128), nested), torch.randn(3, 128)
+    expected, state = ours(x), ours.state_dict()
+    ours.to("meta").load_state_dict(state, assign=True)
+    assert torch.equal(ours(x), expected)
 
 
 def test_deepcopy_pickle_and_torch_save():

@@ -16,7 +16,14 @@ from tests.cases import packed
 pytestmark = pytest.mark.gpu
 
 HALVES = (torch.bfloat16, torch.float16)
-SHAPES = [(256, 512, 768), (1, 64, 64), (130, 1024, 1032), (513, 136, 8), (1000, 4104, 520)]
+SHAPES = [
+    (256, 512, 768),
+    (1, 64, 64),
+    (130, 1024, 1032),
+    (513, 136, 8),
+    (1000, 4104, 520),
+    (1100, 1032, 4104),
+]
 RANKS = (1, 3, 8, 16, 24, 33, 64, 100, 128, 200, 256)
 SCALE = 0.75
 SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -52,11 +59,15 @@ def composed(x, w, a, b, dy, mask=1.0):
 
 
 def check(got, expected, plain):
+    """No worse than the plain composition: root mean square by 1.1, maximum by 2 (few values: 3 and 4)."""
     for name, g, e, p in zip(("y", "dx", "dA", "dB"), got, expected, plain, strict=True):
         ours, theirs = (g.double() - e).abs(), (p.double() - e).abs()
         rounding = e.abs().max() * 1e-6
-        assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt() + rounding, name
-        assert ours.max() <= 2 * theirs.max() + rounding, name
+        # Few rows or ranks: a handful of roundings decide, so only their size is held.
+        many = e.numel() >= 10_000
+        mean, most = (1.1, 2.0) if many else (3.0, 4.0)
+        assert ours.square().mean().sqrt() <= mean * theirs.square().mean().sqrt() + rounding, name
+        assert ours.max() <= most * theirs.max() + rounding, name
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -88,8 +99,9 @@ def test_dropout_draws_one_mask_in_all_kernels(shape, rank, dtype, monkeypatch):
 
 @pytest.mark.skipif(not SM90, reason="needs compute capability 9.0")
 @pytest.mark.parametrize("nf4", [False, True])
-def test_the_kernels_that_serve(nf4):
-    m, k, n, r = 2048, 1024, 2048, 16
+@pytest.mark.parametrize("rank", [16, 64])
+def test_the_kernels_that_serve(nf4, rank):
+    m, k, n, r = 2048, 4096, 4096, rank
     x, w, a, b, dy = operands(m, k, n, r, torch.bfloat16, torch.float32, True)
     parts = {}
     if nf4:

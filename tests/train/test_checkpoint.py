@@ -81,6 +81,14 @@ def test_oldest_are_dropped_and_strays_removed(tmp_path: Path) -> None:
     assert ckpt.read_latest(tmp_path) == "step-000003"
 
 
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    toy = Toy()
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        assert toy.save(tmp_path, step).is_dir()
+        assert ckpt.load(tmp_path).progress.step == step
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-1000000", "step-1000001"]
+
+
 def test_step_that_was_left_without_latest_is_replaced(tmp_path: Path) -> None:
     toy = Toy()
     toy.save(tmp_path, 1)

@@ -372,9 +372,10 @@ def test_model_that_does_not_exist(make_config: Any, tmp_path: Path) -> None:
         finetune(make_config(model=str(tmp_path / "nothing")))
 
 
-def test_device_that_does_not_exist(make_config: Any) -> None:
-    with pytest.raises(ConfigError, match=r"run\.device is 'tpu'"):
-        finetune(make_config(device="tpu"))
+@pytest.mark.parametrize("device", ["tpu", "meta"])
+def test_device_that_computes_nothing(make_config: Any, device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.device is '{device}'"):
+        finetune(make_config(device=device))
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(

@@ -19,10 +19,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pyfast.errors import ConfigError
 from pyfast.train import pretrained
 from pyfast.train.pretrained import load_pretrained
+from tests.models import gpt2, logits
 
 
 def load(source: str) -> Any:
@@ -152,6 +154,51 @@ def test_cached_model_trains_without_hub_and_peers(
     assert (done.returncode, done.stderr) == (0, "")
     config = json.loads((tmp_path / "out" / "lora" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/tiny"
+
+
+def changed(source: Path, target: Path, drop: str = "", **config: Any) -> str:
+    """A copy of a model without the weights that begin with `drop`, and with other config values."""
+    shutil.copytree(source, target)
+    if drop:
+        tensors = load_file(target / "model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(drop)}
+        save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(values | config))
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"drop": "model.layers.1."},
+            r"lacks 9 weights .*\(first: model\.layers\.1\.input_layernorm",
+        ),
+        ({"drop": "lm_head"}, r"lacks 1 weights of LlamaForCausalLM \(first: lm_head\.weight\)"),
+        (
+            {"hidden_size": 48},
+            r"21 weights .* have other shapes .*lm_head\.weight, \[272, 32\] for",
+        ),
+        ({"vocab_size": 300}, r"\[272, 32\] for \[300, 32\]\)\. Fix: the config\.json"),
+        ({"num_attention_heads": 0}, "cannot load the model .*modulo by zero"),
+        ({"hidden_size": "x"}, "'hidden_size': .*expected int, got str"),
+    ],
+    ids=str,
+)
+def test_model_that_is_not_whole_is_refused(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load(changed(tiny_model, tmp_path / "changed", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path, byte_tokenizer: Any) -> None:
+    gpt2().transformer.save_pretrained(tmp_path)  # without a head, which is the embeddings'
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, _ = load(str(tmp_path))
+    assert torch.equal(logits(model), logits(gpt2()))
 
 
 def test_damaged_weights_are_told(tiny_model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import re
 from collections.abc import Callable
@@ -128,7 +129,7 @@ def test_bad_record_is_named(tmp_path: Path, line: str | bytes, column: int, rea
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ("[]", "must be a list of turns"),
+        ("[]", "'messages' is an empty list"),
         ('[{"role": "user", "content": "q"}]', "has no assistant turn"),
         ('[{"role": "assistant", "content": "q"}]', "has no assistant turn"),
         ('[{"role": "bot", "content": "q"}]', "'messages[0].role' is 'bot'"),
@@ -160,6 +161,31 @@ def test_missing_and_empty_file(tmp_path: Path) -> None:
         read_records([str(tmp_path / "no.jsonl")], DatasetOptions())
     with pytest.raises(DataError, match="no record"):
         read_records([write(tmp_path / "empty.jsonl", "", " ")], DatasetOptions())
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("data[1].jsonl", ["data1.jsonl"]),
+        ("q?.jsonl", ["qa.jsonl"]),
+        ("star*.jsonl", ["star1.jsonl", "star2.jsonl"]),
+        ("a::b.jsonl", []),
+        ("file.j[s]onl", ["file.jsonl"]),
+        ("packed[1].jsonl.gz", ["packed1.jsonl.gz"]),
+    ],
+)
+def test_file_is_read_by_its_very_name(tmp_path: Path, name: str, others: list[str]) -> None:
+    for file, text in ((name, GOOD), *((other, GOOD.replace("p", "other")) for other in others)):
+        content = f"{text}\n".encode()
+        (tmp_path / file).write_bytes(gzip.compress(content) if file.endswith("gz") else content)
+    (record,) = read_records([str(tmp_path / name)], DatasetOptions()).records
+    assert (record.prompt, record.file) == ("p", str(tmp_path / name))
+
+
+def test_pipe_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ConfigError, match=r"pipe\.jsonl' is no regular file\. Fix"):
+        read_records([str(tmp_path / "pipe.jsonl")], DatasetOptions())
 
 
 def test_repeated_records_are_counted(tmp_path: Path) -> None:

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+// y[M, N] = [x | z] [W | B]^T: a GEMM whose contraction runs over K and then over R.
+//
+// CUTLASS's sm90 collective (TMA, warp-specialised) does the work. TwoPairs gives it a second pair
+// of operands: its producer loads ceil(K / 64) tiles of x and W, then ceil(R / 64) of z and B into
+// the same stages. TMA fills what lies outside a matrix with zeros and still counts its bytes, so
+// ragged K, R, M and N need no code. The consumer multiplies of the last tile only the steps of 16
+// ranks that there are: at rank 16 a quarter of a tile.
+//
+// MaskedTwoPairs is for dx with dropout, dx = dy W + mask * (dz A) / (1 - p): the low-rank tiles
+// come first, the mask is drawn and applied to the sums in registers, and the main tiles are added.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cutlass/cutlass.h>
+
+#include <cute/tensor.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/sm90_tile_scheduler.hpp>
+
+#include "common/philox.h"
+#include "lora/gemm.h"
+
+namespace pyfast::lora {
+
+// Adds the pair (z, B) to a collective.
+template <class Base>
+struct TwoPairs : Base {
+  using Base::Base;
+  using typename Base::MainloopPipeline;
+  using typename Base::PipelineState;
+  using typename Base::TensorStorage;
+  static constexpr int kTileK = cute::size<2>(typename Base::TileShape{});
+
+  struct Arguments {
+    typename Base::Arguments main;
+    typename Base::Arguments low_rank;
+    int k = 0;
+    int r = 0;
+    bool wait_for_low_rank = false;  // z comes from the kernel before, which may still run
+  };
+  struct Params : Base::Params {
+    typename Base::Params low_rank;
+    int main_tiles = 0;
+    int low_rank_steps = 0;  // of 16 ranks
+    bool wait_for_low_rank = false;
+  };
+
+  template <class Shape>
+  static Params to_underlying_arguments(const Shape& shape, const Arguments& args,
+                                        void* workspace) {
+    auto main_shape = cute::append<4>(shape, 1), low_shape = main_shape;
+    cute::get<2>(main_shape) = args.k;
+    cute::get<2>(low_shape) = args.r;
+    Params params;
+    static_cast<typename Base::Params&>(params) =
+        Base::to_underlying_arguments(main_shape, args.main, workspace);
+    params.low_rank = args.r > 0
+                          ? Base::to_underlying_arguments(low_shape, args.low_rank, workspace)
+                          : static_cast<const typename Base::Params&>(params);
+    params.main_tiles = (args.k + kTileK - 1) / kTileK;
+    params.low_rank_steps = (args.r + 15) / 16;
+    params.wait_for_low_rank = args.wait_for_low_rank;
+    return params;
+  }
+
+  template <class Shape>
+  static bool can_implement(const Shape&, const Arguments&) {
+    return true;  // dispatch has checked pitches and pointers
+  }
+
+  // After the producer's last tile: the grid after this one may start, as what it needs of the one
+  // before is there.
+  CUTLASS_DEVICE void load_tail(MainloopPipeline pipeline, PipelineState state) {
+    if (early_) asm volatile("griddepcontrol.launch_dependents;");
+    Base::load_tail(pipeline, state);
+  }
+
+  template <class Inputs, class Coord, class Iterator>
+  CUTLASS_DEVICE void load(const Params& params, MainloopPipeline pipeline, PipelineState state,
+                           const Inputs& inputs, const Coord& coord, Iterator tiles, int count,
+                           int thread, uint32_t rank, TensorStorage& storage) {
+    const int main = cute::min(count, params.main_tiles);
+    Base::load(params, pipeline, state, inputs, coord, tiles, main, thread, rank, storage);
+    if (count == main) return;
+    wait_for_low_rank(params);
+    state.advance(main);
+    Base::load(params.low_rank, pipeline, state, inputs, coord, tiles, count - main, thread, rank,
+               storage);
+  }
+
+  template <class Accumulator>
+  CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState state, Accumulator& sums,
+                          int count, int thread, TensorStorage& storage, const Params& params) {
+    using namespace cute;
+    using TiledMma = typename Base::TiledMma;
+    const int main = cute::min(count, params.main_tiles);
+    Base::mma(pipeline, state, sums, main, thread, storage, params);
+    if (count == main) return;
+
+    // One batch is still running, and its stage not yet released: go on from there.
+    TiledMma tiled_mma;
+    auto [a, b] = fragments(tiled_mma, thread, storage);
+    tiled_mma.accumulate_ = GMMA::ScaleOut::One;
+    PipelineState release = state;
+    release.advance(main - 1);
+    state.advance(main);
+    int steps = params.low_rank_steps;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int tile = main; tile < count; ++tile, steps -= kTileK / 16) {
+      pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      const int stage = state.index();
+      warpgroup_fence_operand(sums);
+      warpgroup_arrive();
+      CUTLASS_PRAGMA_UNROLL
+      for (int step = 0; step < kTileK / 16; ++step) {
+        if (step < steps) {
+          cute::gemm(tiled_mma, a(_, _, step, stage), b(_, _, step, stage), sums);
+        }
+      }
+      warpgroup_commit_batch();
+      warpgroup_wait<Base::K_PIPE_MMAS>();
+      warpgroup_fence_operand(sums);
+      pipeline.consumer_release(release);
+      ++state;
+      ++release;
+    }
+  }
+
+ protected:
+  // The producer, before it reads z.
+  CUTLASS_DEVICE void wait_for_low_rank(const Params& params) {
+    if (!params.wait_for_low_rank) return;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    early_ = true;
+  }
+
+  // The operands of this warpgroup in shared memory: (MMA, M or N, K, stage).
+  CUTLASS_DEVICE static auto fragments(const typename Base::TiledMma& tiled_mma, int thread,
+                                       TensorStorage& storage) {
+    using namespace cute;
+    const int group = __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);
+    auto slice = tiled_mma.get_slice(group * cutlass::NumThreadsPerWarpGroup);
+    Tensor a = make_tensor(make_smem_ptr(storage.smem_A.data()), typename Base::SmemLayoutA{});
+    Tensor b = make_tensor(make_smem_ptr(storage.smem_B.data()), typename Base::SmemLayoutB{});
+    return cute::make_tuple(slice.make_fragment_A(slice.partition_A(a)),
+                            slice.make_fragment_B(slice.partition_B(b)));
+  }
+
+ private:
+  bool early_ = false;  // the producer's
+};
+
+// Dropout of dz A, and where a block finds its tiles.
+struct Mask {
+  const std::int64_t* seed = nullptr;
+  std::uint32_t threshold = 0;
+  float scale = 1.0F;  // of what is kept
+};
+
+template <class Base>
+struct MaskedTwoPairs : TwoPairs<Base> {
+  using Pairs = TwoPairs<Base>;
+  using Scheduler = cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90;
+  using Pairs::kTileK;
+  using typename Base::MainloopPipeline;
+  using typename Base::PipelineState;
+  using typename Base::TensorStorage;
+  static constexpr int kTileM = cute::size<0>(typename Base::TileShape{});
+  static constexpr int kTileN = cute::size<1>(typename Base::TileShape{});
+
+  struct Arguments : Pairs::Arguments {
+    Mask mask;
+  };
+  struct Params : Pairs::Params {
+    Mask mask;
+    typename Scheduler::Params scheduler;  // a copy of the kernel's
+  };
+
+  template <class Shape>
+  static Params to_underlying_arguments(const Shape& shape, const Arguments& args,
+                                        void* workspace) {
+    Params params;
+    static_cast<typename Pairs::Params&>(params) =
+        Pairs::to_underlying_arguments(shape, args, workspace);
+    params.mask = args.mask;
+    return params;
+  }
+
+  template <class Inputs, class Coord, class Iterator>
+  CUTLASS_DEVICE void load(const Params& params, MainloopPipeline pipeline, PipelineState state,
+                           const Inputs& inputs, const Coord& coord, Iterator tiles, int count,
+                           int thread, uint32_t rank, TensorStorage& storage) {
+    const int low = count - params.main_tiles;
+    this->wait_for_low_rank(params);
+    Base::load(params.low_rank, pipeline, state, inputs, coord, tiles, low, thread, rank, storage);
+    state.advance(low);
+    Base::load(params, pipeline, state, inputs, coord, tiles, params.main_tiles, thread, rank,
+               storage);
+  }
+
+  template <class Accumulator>
+  CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState state, Accumulator& sums,
+                          int count, int thread, TensorStorage& storage, const Params& params) {
+    using namespace cute;
+    typename Base::TiledMma tiled_mma;
+    auto [a, b] = Pairs::fragments(tiled_mma, thread, storage);
+    const auto turn = state.count() / static_cast<std::uint32_t>(count);
+    tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
+    int steps = params.low_rank_steps;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int tile = params.main_tiles; tile < count; ++tile, steps -= kTileK / 16) {
+      pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      warpgroup_fence_operand(sums);
+      warpgroup_arrive();
+      CUTLASS_PRAGMA_UNROLL
+      for (int step = 0; step < kTileK / 16; ++step) {
+        if (step < steps) {
+          cute::gemm(tiled_mma, a(_, _, step, state.index()), b(_, _, step, state.index()), sums);
+          tiled_mma.accumulate_ = GMMA::ScaleOut::One;
+        }
+      }
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(sums);
+      pipeline.consumer_release(state);
+      ++state;
+    }
+
+    // This block's tile number `turn`, as the kernel's own scheduler counts.
+    Scheduler scheduler(params.scheduler);
+    scheduler.advance_to_next_work(turn);
+    const auto work = scheduler.get_current_work();
+    apply(sums, params.mask, work.M_idx * kTileM, work.N_idx * (kTileN / kMaskColumns), thread);
+
+    PipelineState release = state;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int tile = 0; tile < params.main_tiles; ++tile) {
+      pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      warpgroup_fence_operand(sums);
+      warpgroup_arrive();
+      cute::gemm(tiled_mma, a(_, _, _, state.index()), b(_, _, _, state.index()), sums);
+      warpgroup_commit_batch();
+      if (tile > 0) {
+        warpgroup_wait<1>();
+        pipeline.consumer_release(release);
+        ++release;
+      }
+      warpgroup_fence_operand(sums);
+      ++state;
+    }
+  }
+
+ private:
+  CUTLASS_DEVICE static std::uint32_t pick(const std::uint32_t (&words)[4], int index) {
+    const std::uint32_t low = index & 1 ? words[1] : words[0];
+    const std::uint32_t high = index & 1 ? words[3] : words[2];
+    return index & 2 ? high : low;
+  }
+
+  // A thread's sums lie in two rows, and of every eight columns it has two: those of word lane % 4
+  // of their Philox block. So of four blocks in a row each lane of a quad draws one, and they trade
+  // words.
+  template <class Accumulator>
+  CUTLASS_DEVICE static void apply(Accumulator& sums, const Mask& mask, int row, int group,
+                                   int thread) {
+    static_assert(decltype(cute::size(sums))::value == kTileN / 2, "a thread has two rows");
+    const MaskSeed seed(mask.seed);
+    const int lane = thread % 32, quad = lane % 4;
+    row += thread / 32 * 16 + lane / 4;
+    CUTLASS_PRAGMA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int first = 0; first < kTileN / 8; first += 4) {
+        const PhiloxBlock drawn = philox4x32(
+            {{static_cast<std::uint32_t>(row + half * 8),
+              static_cast<std::uint32_t>(group + first + quad), seed.offset0, seed.offset1}},
+            seed.key0, seed.key1);
+        std::uint32_t traded[4];  // from lane quad ^ i, hence of block first + (quad ^ i)
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          traded[i] = __shfl_xor_sync(0xFFFFFFFF, pick(drawn.words, quad ^ i), i);
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const std::uint32_t word = pick(traded, quad ^ i);
+          float& even = sums(4 * (first + i) + 2 * half);
+          float& odd = sums(4 * (first + i) + 2 * half + 1);
+          even = (word & 0xFFFFU) >= mask.threshold ? even * mask.scale : 0.0F;
+          odd = (word >> 16) >= mask.threshold ? odd * mask.scale : 0.0F;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace pyfast::lora

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate's offloading hooks on models that carry adapters: weights leave the layers between calls."""
+
+import accelerate
+import peft
+import pytest
+import torch
+from torch import nn
+
+import pyfast
+from pyfast import LoraConfig
+from tests.models import llama, logits, randomise
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+def cpu(model):
+    accelerate.cpu_offload(model, torch.device("cpu"))
+
+
+def adapters_only(model):
+    """Offload what holds adapters; the base stays."""
+    for name, module in list(model.named_modules()):
+        if "lora_" in name and isinstance(module, nn.Linear):
+            accelerate.cpu_offload(module, torch.device("cpu"))
+
+
+def two(model):
+    config = LoraConfig(target_modules="all-linear")
+    for name in ("a", "b"):
+        pyfast.apply(model, config, adapter_name=name)
+    randomise(model)
+    pyfast.set_adapter(model, ["a", "b"])
+    return model
+
+
+def theirs(model):
+    config = peft.LoraConfig(target_modules="all-linear")
+    model = randomise(peft.get_peft_model(model, config))
+    pyfast.accelerate(model)
+    return model
+
+
+MODELS = {
+    "ours": lambda: randomise(pyfast.apply(llama(), LoraConfig(target_modules="all-linear"))),
+    "two": lambda: two(llama()),
+    "nf4": lambda: randomise(
+        pyfast.apply(pyfast.quantize(llama()), LoraConfig(target_modules="all-linear"))
+    ),
+    "peft": lambda: theirs(llama()),
+}
+
+
+@pytest.mark.parametrize("offload", [cpu, adapters_only])
+@pytest.mark.parametrize("kind", MODELS)
+def test_offloaded_after_the_adapters(kind, offload):
+    model = MODELS[kind]()
+    expected = logits(model)
+    offload(model)
+    away = {p.device.type for name, p in model.named_parameters() if "lora_A" in name}
+    assert away == {"meta"}
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_hooks_on_an_adapter_run():
+    model, seen = MODELS["ours"](), []
+    expected = logits(model)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.lora_B["default"].register_forward_hook(lambda *args: seen.append(args[2].shape))
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert seen == [(2, 12, 128)]

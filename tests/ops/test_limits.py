@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops do not serve is refused in a sentence: other derivatives, scalars; and meta, and forks."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from pyfast import ops
+from pyfast.errors import UnsupportedError
+from pyfast.ops import OPS, _scratch
+from tests.cases import CASES
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.*:DeprecationWarning"  # torch scripts its forward-mode formulas
+)
+FIRST = {case.op: case for case in reversed(CASES) if OPS[case.op].differentiable}
+
+
+@pytest.mark.parametrize("op", FIRST)
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "dual", "grad", "jacrev"])
+def test_derivatives_that_would_be_zero_or_fail_inside_torch_are_refused(op, transform):
+    x, *rest = (
+        arg.detach() if isinstance(arg, torch.Tensor) else arg
+        for arg in FIRST[op].make("cpu", torch.float32)
+    )
+
+    def total(x):
+        y = OPS[op].overload(x, *rest)
+        return (y[0] if isinstance(y, tuple) else y).sum()
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            total(torch.autograd.forward_ad.make_dual(x, x))
+
+    calls = {
+        "jvp": lambda x: torch.func.jvp(total, (x,), (x,)),
+        "jacfwd": torch.func.jacfwd(total),
+        "dual": dual,
+        "grad": torch.func.grad(total),
+        "jacrev": torch.func.jacrev(total),
+    }
+    with pytest.raises(UnsupportedError, match=rf"pyfast\.{op} serves neither forward-mode"):
+        calls[transform](x)
+
+
+def test_constants_of_a_transform_are_served():
+    x, t, scale = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    constant = ops.adapter_scale(x, scale)
+    _, tangent = torch.func.jvp(lambda y: y * ops.adapter_scale(x, scale), (x,), (t,))
+    assert torch.equal(tangent, t * constant)
+    gradient = torch.func.grad(lambda y: (y * ops.adapter_scale(x, scale)).sum())(x)
+    assert torch.equal(gradient, constant)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 4, 4)])
+def test_factors_that_are_no_matrices(shape):
+    x, wrong, matrix = torch.zeros(2, 4), torch.zeros(shape), torch.zeros(4, 4)
+    for name, a, b in (("lora_A", wrong, matrix), ("lora_B", matrix, wrong)):
+        with pytest.raises(ValueError, match=f"{name} must have two dimensions"):
+            ops.lora_linear(x, matrix, a, b, scale=1.0)
+    with pytest.raises(ValueError, match="down must have two dimensions"):
+        ops.adapter_bottleneck(x, wrong, matrix)
+
+
+def test_bias_of_a_norm_that_is_not_there():
+    matrix = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="norm_bias needs norm_weight"):
+        ops.adapter_bottleneck(torch.zeros(2, 4), matrix, matrix, norm_bias=torch.ones(4))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_meta_tensors_give_shapes(autocast):
+    x, w, a, b = (torch.empty(s, device="meta") for s in ((2, 3, 8), (6, 8), (4, 8), (6, 4)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ops.lora_linear(x, w, a, b, scale=1.0, dropout=0.5)
+        assert (y.shape, y.dtype) == ((2, 3, 6), torch.nn.functional.linear(x, w).dtype)
+        assert ops.adapter_bottleneck(x, a, a.t()).shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_child_of_a_fork_while_a_thread_computes():
+    """The thread that holds the lock does not exist in the child."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with _scratch.scratch_lock:
+            held.set()
+            done.wait()
+
+    _scratch.scratch(8, torch.zeros(1))
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        free = _scratch.scratch_lock.acquire(timeout=5)
+        os._exit(0 if free and not _scratch._buffers else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert status == 0
+    assert _scratch._buffers
