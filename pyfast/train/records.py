@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import json
+import lzma
 import random
 import re
+import shutil
 import sys
 import tempfile
+import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pyfast.errors import ConfigError, DataError
 from pyfast.train.config import DatasetOptions
@@ -163,12 +168,36 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 @contextlib.contextmanager
 def _plain_name(file: str) -> Iterator[str]:
-    """A path to the file without *, ?, [ and ::, which datasets takes for patterns and archives."""
-    ending = re.sub(r"[^.\w]", "_", Path(file).suffix)
+    """A path to the file's text without *, ?, [ and ::, which datasets takes for patterns and archives.
+
+    Compressed files are unpacked here: datasets decodes them as UTF-8 whatever encoding it is asked for.
+    """
+    ending = Path(file).suffix
     with tempfile.TemporaryDirectory(prefix="pyfast-") as directory:
-        link = Path(directory) / f"data{ending}"
-        link.symlink_to(Path(file).resolve())
-        yield str(link)
+        plain = Path(directory) / "data"
+        if ending in _UNPACK:
+            with _UNPACK[ending](file) as packed, plain.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+        else:
+            plain = plain.with_suffix(re.sub(r"[^.\w]", "_", ending))
+            plain.symlink_to(Path(file).resolve())
+        yield str(plain)
+
+
+def _open_zip(file: str) -> IO[bytes]:
+    archive = zipfile.ZipFile(file)
+    names = archive.namelist()
+    if len(names) != 1:
+        raise ValueError(f"it holds {len(names)} files, one is read")
+    return archive.open(names[0])
+
+
+_UNPACK: dict[str, Callable[[str], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zip": _open_zip,
+}
 
 
 def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Record]:

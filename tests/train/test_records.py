@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import random
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,15 +89,35 @@ def test_file_that_is_not_what_its_ending_says(
     assert "Fix: write the file again" in text
 
 
+def zipped(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.jsonl", content)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
-    ("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+    ("ending", "pack"),
+    [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zip", zipped)],
 )
 def test_compressed_files_are_read_by_their_ending(
     tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]
 ) -> None:
+    texts = ["plain", "\u00c9p\u00e9e", "\u201cquoted\u201d \u4e2d", "caf\u00c3\u00a9"]
+    lines = [json.dumps({"prompt": t, "completion": t}, ensure_ascii=False) for t in texts]
     file = tmp_path / f"a.jsonl.{ending}"
-    file.write_bytes(pack(PLAIN))
-    assert len(read_records([str(file)], DatasetOptions()).records) == 500
+    file.write_bytes(pack("\n".join(lines).encode()))
+    records = read_records([str(file)], DatasetOptions()).records
+    assert [record.answer for record in records] == texts
+
+
+def test_an_archive_of_two_files_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "two.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jsonl", PLAIN)
+        archive.writestr("b.jsonl", PLAIN)
+    with pytest.raises(DataError, match="holds 2 files"):
+        read_records([str(file)], DatasetOptions())
 
 
 GOOD = '{"prompt": "p", "completion": "c"}'
