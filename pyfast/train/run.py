@@ -281,8 +281,8 @@ def check_length(checkpoint: Checkpoint, config: FinetuneConfig, model: Any) -> 
             (config.run.steps, config.run.epochs),
         )
     )
-    if before == now:
-        return
+    if before == now or saved["method"] != config.method:
+        return  # another method is refused with the other settings; how to train on would be its own
     if config.method == "sft":
         onward = f"pyfast finetune --model {checkpoint.path / 'model'}"
     else:

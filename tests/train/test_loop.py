@@ -205,6 +205,13 @@ def test_run_of_another_length_is_refused_with_the_way_on(
         finetune(replace(config, run=replace(config.run, steps=None, epochs=3)))
 
 
+def test_another_method_is_named_before_another_length(make_config: Any) -> None:
+    output = str(finetune(make_config(method="qlora", steps=1)).output_dir)
+    other = make_config(method="lora", steps=2, output_dir=output)
+    with pytest.raises(ResumeError, match="method"):
+        finetune(replace(other, resume=True))
+
+
 def test_resume_of_a_finished_run_changes_no_weight(make_config: Any) -> None:
     config = make_config(steps=2)
     first = finetune(config)
