@@ -14,6 +14,12 @@ namespace {
 
 constexpr std::string_view kOp = "lora_linear";
 
+#ifdef PYFAST_CUDA
+
+// Where the counters of dB and dA begin, which may run at once; each needs one for 128 columns.
+// Those of z and dz, which run alone, begin at 0.
+constexpr int kCountersDb = kCounters / 8, kCountersDa = kCounters / 4;
+
 void check(const Problem& problem, const Placement& place) {
   constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 256;
   PYFAST_CHECK(!place.on_cpu(), kOp, ": these kernels run on cuda");
@@ -34,25 +40,21 @@ void check(const Problem& problem, const Placement& place) {
   check_pointer(kOp, "counters", problem.counters);
 }
 
-#ifdef PYFAST_CUDA
-
 bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
 std::int64_t round_up(std::int64_t value, std::int64_t to) { return ceil_div(value, to) * to; }
 
-// Carves the workspace; with a null base it only counts.
+// Carves the workspace.
 class Arena {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Arena(void* base) : next_(static_cast<char*>(base)) {}
   void* take(std::int64_t bytes) {
-    char* taken = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += round_up(bytes, 128);
+    char* taken = next_;
+    next_ += round_up(bytes, 128);
     return taken;
   }
-  std::int64_t used() const { return used_; }
 
  private:
-  char* base_;
-  std::int64_t used_ = 0;
+  char* next_;
 };
 
 // A factor as a kernel takes it.
@@ -86,7 +88,6 @@ class Factors {
   // The order in which the next kernel follows.
   Order launch(void* stream) {
     if (count_ == 0) return Order::kAlone;
-    if (count_ == 1) packs_[1].from = nullptr;
     launch_pack(packs_[0], packs_[1], stream);
     return Order::kAfter;
   }
@@ -155,8 +156,26 @@ std::int64_t most_partials(const Problem& problem, int sm_count) {
   return most;
 }
 
-void launch_gemm(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool early,
-                 void* stream) {
+// y = x W^T + bias + z B^T; transposed, dx = dy W + dz A. What is in, out and low rank comes after.
+GemmArgs gemm_args(const Problem& problem, bool transposed) {
+  GemmArgs args;
+  args.dtype = problem.dtype;
+  args.by_out = problem.by_out != transposed;
+  args.w = problem.w, args.pitch_w = problem.pitch_w;
+  args.pitch_z = problem.pitch_z;
+  args.m = static_cast<int>(problem.m);
+  args.n = static_cast<int>(transposed ? problem.k : problem.n);
+  args.k = static_cast<int>(transposed ? problem.n : problem.k);
+  args.r = static_cast<int>(problem.r);
+  args.pitch_y = args.n;
+  return args;
+}
+
+GemmPlan plan_of(const GemmArgs& args) { return plan_gemm(args.by_out, args.m, args.n, args.k); }
+
+void launch_gemm([[maybe_unused]] const GemmArgs& args, [[maybe_unused]] const GemmPlan& plan,
+                 [[maybe_unused]] int sm_count, [[maybe_unused]] bool early,
+                 [[maybe_unused]] void* stream) {
 #ifdef PYFAST_SM90
   const bool bf16 = args.dtype == DType::bf16;
   auto* launch = args.by_out ? (bf16 ? launch_gemm_sm90_bf16_tn : launch_gemm_sm90_f16_tn)
@@ -198,8 +217,6 @@ std::string_view gemm_name(const Problem& problem, bool transposed, int device,
   } else if (problem.n % 8 != 0 || problem.k % 8 != 0 || problem.pitch_w % 8 != 0) {
     *reason = concat("in and out features and the weight's pitch must be multiples of 8, got ",
                      problem.k, ", ", problem.n, " and ", problem.pitch_w);
-  } else if (!aligned(problem.w) || !aligned(problem.x)) {
-    *reason = "the input or the weight does not lie on 16 bytes";
   } else {
     const GemmPlan plan = transposed ? plan_gemm(!problem.by_out, problem.m, problem.k, problem.n)
                                      : plan_gemm(problem.by_out, problem.m, problem.n, problem.k);
@@ -240,18 +257,13 @@ std::string_view forward(const Forward& params, const Placement& place) {
   by_rank(z, params.r, kSkinnyRank, order, sm_count, place.stream);
   if (params.w == nullptr) return {};
 
-  GemmArgs gemm;
-  gemm.dtype = params.dtype;
-  gemm.by_out = params.by_out;
+  GemmArgs gemm = gemm_args(params, false);
   gemm.x = params.x, gemm.pitch_x = params.pitch_x;
-  gemm.w = params.w, gemm.pitch_w = params.pitch_w;
-  gemm.z = params.z, gemm.pitch_z = params.pitch_z;
+  gemm.z = params.z;
   gemm.b = b.data, gemm.pitch_b = b.pitch;
   gemm.bias = params.bias;
-  gemm.y = params.y, gemm.pitch_y = params.n;
-  gemm.m = static_cast<int>(params.m), gemm.n = static_cast<int>(params.n);
-  gemm.k = static_cast<int>(params.k), gemm.r = static_cast<int>(params.r);
-  const GemmPlan plan = plan_gemm(params.by_out, params.m, params.n, params.k);
+  gemm.y = params.y;
+  const GemmPlan plan = plan_of(gemm);
   launch_gemm(gemm, plan, sm_count, true, place.stream);
   return kGemmNames[plan.kernel];
 }
@@ -275,15 +287,14 @@ std::string_view backward(const Backward& params, const Placement& place) {
   if (gemm_runs) a = factors.take(params.a, params.r, params.k, !params.by_out);
   Order order = factors.launch(place.stream);
 
-  SkinnyArgs ranks = skinny(params, params.dy, params.pitch_dy, params.n);
-  ranks.partials = static_cast<float*>(partials);
-  SkinnyArgs dz = ranks, db = ranks;
+  SkinnyArgs dz = skinny(params, params.dy, params.pitch_dy, params.n), db = dz;
+  dz.partials = static_cast<float*>(partials);
   dz.scale = params.scale;
   dz.u = b.data;
   dz.pitch_u = b.pitch;
   dz.p = params.dz;
   db.partials = static_cast<float*>(partials_db);
-  db.counters += kCounters / 8;
+  db.counters += kCountersDb;
   db.v = params.z;
   db.pitch_v = params.pitch_z;
   db.q = params.db;
@@ -291,17 +302,12 @@ std::string_view backward(const Backward& params, const Placement& place) {
   db.dtype_q = params.adapter_dtype;
   std::string_view name;
   if (gemm_runs) {
-    GemmArgs gemm;
-    gemm.dtype = params.dtype;
-    gemm.by_out = !params.by_out;
+    GemmArgs gemm = gemm_args(params, true);
     gemm.x = params.dy, gemm.pitch_x = params.pitch_dy;
-    gemm.w = params.w, gemm.pitch_w = params.pitch_w;
-    gemm.z = params.dz, gemm.pitch_z = params.pitch_z;
+    gemm.z = params.dz;
     gemm.b = a.data, gemm.pitch_b = a.pitch;
-    gemm.y = params.dx, gemm.pitch_y = params.k;
-    gemm.m = static_cast<int>(params.m), gemm.n = static_cast<int>(params.k);
-    gemm.k = static_cast<int>(params.n), gemm.r = static_cast<int>(params.r);
-    GemmPlan plan = plan_gemm(!params.by_out, params.m, params.k, params.n);
+    gemm.y = params.dx;
+    GemmPlan plan = plan_of(gemm);
     if (params.seed != nullptr) {
       plan.kernel = kGemmMasked;
       gemm.seed = params.seed;
@@ -322,7 +328,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
   }
   if (params.da != nullptr) {
     SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
-    da.counters += kCounters / 4;
+    da.counters += kCountersDa;
     da.v = params.dz;
     da.pitch_v = params.pitch_z;
     da.q = params.da;

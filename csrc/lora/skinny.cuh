@@ -288,7 +288,7 @@ __device__ __forceinline__ void load_cols(std::uint32_t (&a)[kColSteps][4], std:
   }
 }
 
-// Stores the sums of multiply_cols for the 16 columns from `col` on.
+// Stores the columns product's sums for the 16 columns from `col` on.
 template <class T, int kTiles>
 __device__ __forceinline__ void store_cols(const float (&q)[kTiles][4], int col, int cols,
                                            int ranks, float scale, void* out, std::int64_t pitch,

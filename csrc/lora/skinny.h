@@ -10,8 +10,7 @@ namespace pyfast::lora {
 
 // Either the product of the rows or that of the columns of T[rows, cols]:
 //   P[rows, rank] = scale D(T) U        U stored [rank, cols] or [cols, rank]
-//   Q[cols, rank] = scale D(T)^T V      V stored [rows, rank]; Q stored [cols, rank] or [rank,
-//   cols]
+//   Q[cols, rank] = scale D(T)^T V      V stored [rows, rank], Q like U
 // with D the mask of common/philox.h; 1 / (1 - p) is the caller's, as a part of scale. T, U, V and
 // P are of one 2-byte type, sums are in float32. Pitches in elements, those of T, U and V multiples
 // of 8; T, U, V on 16 bytes. rank is at most 128.

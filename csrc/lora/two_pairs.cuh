@@ -151,7 +151,7 @@ struct TwoPairs : Base {
   bool early_ = false;  // the producer's
 };
 
-// Dropout of dz A, and where a block finds its tiles.
+// Dropout of the low-rank product.
 struct Mask {
   const std::int64_t* seed = nullptr;
   std::uint32_t threshold = 0;

@@ -20,7 +20,8 @@ from pyfast.ops.dropout import dropout_op
 from pyfast.ops.nf4 import dequantize_into
 
 _HALVES = (torch.float16, torch.bfloat16)
-_MAX_ROWS = 128 * 32768
+_MAX_ROWS = 64 << 16
+"""Each 64 rows have a counter; the kernels have 2^17 in all (csrc/lora/lora.h), half of them for these."""
 
 
 def padded(rank: int) -> int:
@@ -40,7 +41,7 @@ def missing(x: Tensor, a: Tensor, b: Tensor) -> str:
         return f"lora_A and lora_B must share a dtype, got {a.dtype} and {b.dtype}"
     k, n = a.shape[1], b.shape[0]
     if k % 8 or n % 8 or min(k, n, a.shape[0]) == 0:
-        return "in and out features must be multiples of 8"
+        return "in and out features must be multiples of 8, they and the rank not zero"
     if x.numel() // k > _MAX_ROWS:
         return f"at most {_MAX_ROWS} rows, got {x.numel() // k}"
     return ""

@@ -9,6 +9,8 @@ import threading
 import torch
 from torch import Tensor
 
+from pyfast import _extension
+
 _buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 scratch_lock = threading.Lock()
@@ -41,7 +43,7 @@ def scratch(numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
     if like.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return like.new_empty((numel,), dtype=dtype)
-        stream = torch.cuda.current_stream(like.device).cuda_stream
+        stream = _extension.stream(like.device.index)
     key = (like.device, dtype, stream)
     held = _buffers.get(key)
     if held is None or held.numel() < numel:
@@ -53,7 +55,7 @@ def counters(numel: int, like: Tensor) -> Tensor:
     """`numel` int32 zeros per CUDA device and stream for kernels that leave zeros behind."""
     if torch.cuda.is_current_stream_capturing():
         return like.new_zeros((numel,), dtype=torch.int32)
-    key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
+    key = (like.device, _extension.stream(like.device.index))
     held = _counters.get(key)
     if held is None:
         held = _counters[key] = torch.zeros(numel, dtype=torch.int32, device=like.device)
