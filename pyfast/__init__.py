@@ -9,7 +9,6 @@ from pyfast.integrations import (
     Report,
     accelerate,
     adapter_state_dict,
-    apply,
     load_adapter,
     save_adapter,
 )
@@ -18,6 +17,7 @@ from pyfast.methods import (
     SFTConfig,
     adapter_parameters,
     adapters_disabled,
+    apply,
     delete_adapter,
     merge,
     quantize,

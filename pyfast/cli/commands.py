@@ -152,32 +152,10 @@ def quantize(model: str, output: str, blocksize: int = 64, nested: bool = True) 
         pyfast.quantize(network, blocksize=blocksize, nested=nested)
         network.save_pretrained(directory)
         save_tokenizer(tokenizer, directory)
-        _mark_quantized(directory / "config.json", network, nested)
         after = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     say(
         f"{model}: {before / 1e6:,.1f} MB in bf16, {after / 1e6:,.1f} MB in NF4. Written to {output}."
     )
-
-
-def _mark_quantized(config: Path, network: Any, nested: bool) -> None:
-    """Add what tells transformers to load the weights through bitsandbytes."""
-    values = json.loads(config.read_text(encoding="utf-8"))
-    dense = [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, pyfast.nn.NF4Linear)
-    ]
-    values["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": nested,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": dense,
-    }
-    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def convert(

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pyfast.errors import AdapterMismatchError, ConfigError
+from pyfast.errors import ConfigError
 from pyfast.nn.nf4 import STATE_KEY, unpack_state
-from pyfast.train.pretrained import load_pretrained, telling_what_cannot_be_read
+from pyfast.train.pretrained import check_whole, load_pretrained, telling_what_cannot_be_read
 
 
 def is_quantized(source: str) -> bool:
@@ -38,8 +38,8 @@ def load_dense(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A model with dense weights, and its tokenizer; 4-bit weights of a directory are dequantised.
 
     Raises:
-        ConfigError: There is no such model, or it is quantised in another form.
-        AdapterMismatchError: Weights are missing.
+        ConfigError: There is no such model, it is quantised in another form, or its weights are not
+            those that its config.json asks for.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -65,15 +65,13 @@ def load_dense(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(Path(source).glob("*.safetensors")):
             tensors |= read_tensors(file)
-        network.load_state_dict(_dense_tensors(tensors, network, dtype), strict=False, assign=True)
+        loaded = network.load_state_dict(
+            _dense_tensors(tensors, network, dtype), strict=False, assign=True
+        )
         network.tie_weights()
         tokenizer = AutoTokenizer.from_pretrained(source)
     lacking = [name for name, parameter in network.named_parameters() if parameter.is_meta]
-    if lacking:
-        raise AdapterMismatchError(
-            f"'{source}' lacks {len(lacking)} weights of {type(network).__name__} (first: {lacking[0]}). "
-            "Nothing was written."
-        )
+    check_whole(source, network, lacking, loaded.unexpected_keys)
     return network, tokenizer
 
 
@@ -94,6 +92,7 @@ def _dense_tensors(
 ) -> dict[str, torch.Tensor]:
     """A state dict with every NF4 weight dequantised."""
     dense = {}
+    modules = dict(network.named_modules())
     mark = f".weight.{STATE_KEY}"
     for layer in [name.removesuffix(mark) for name in tensors if name.endswith(mark)]:
         start = f"{layer}.weight."
@@ -104,7 +103,7 @@ def _dense_tensors(
         }
         weight = unpack_state(tensors.pop(f"{layer}.weight"), parts, module=layer).dense()
         # transformers' Conv1D keeps its weight as [in, out]; the 4-bit form is always [out, in].
-        transposed = type(network.get_submodule(layer)).__name__ == "Conv1D"
+        transposed = type(modules.get(layer)).__name__ == "Conv1D"
         dense[f"{layer}.weight"] = weight.t().contiguous() if transposed else weight
     dense |= tensors
     return {

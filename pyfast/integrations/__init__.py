@@ -4,13 +4,12 @@
 from pyfast.integrations import bitsandbytes, transformers
 from pyfast.integrations.accelerate import Report, accelerate
 from pyfast.integrations.peft import adapter_state_dict, save_adapter
-from pyfast.integrations.transformers import apply, load_adapter
+from pyfast.integrations.transformers import load_adapter
 
 __all__ = [
     "Report",
     "accelerate",
     "adapter_state_dict",
-    "apply",
     "bitsandbytes",
     "load_adapter",
     "save_adapter",

@@ -80,9 +80,11 @@ def write_adapter(
         _BASE: base_weights,
     }
     try:
-        save_file(dict(tensors), new_weights, metadata=metadata)
         with new_settings.open("x") as file:
             file.write(text)
+        save_file(dict(tensors), new_weights, metadata=metadata)
+        # safetensors makes a file that only its owner can read.
+        new_weights.chmod(new_settings.stat().st_mode)
         new_weights.replace(weights)
         new_settings.replace(settings)
     finally:

@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers: its `Conv1D` as a weight format, and models whose `save_pretrained` writes the adapter."""
+"""transformers: its `Conv1D` as a weight format, and models whose `save_pretrained` knows adapters and
+NF4 layers."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from pyfast import methods
 from pyfast.errors import UnsupportedError
 from pyfast.integrations.adapter_file import PREFIX, WEIGHTS_NAME
+from pyfast.integrations.bitsandbytes import quantization_config
 from pyfast.integrations.peft import copy_adapter, read_adapter, save_adapter
-from pyfast.methods.base import adapted_modules, unwrapped
+from pyfast.methods.base import adapted_modules, register_adopter, unwrapped
 from pyfast.methods.state import adapter_configs, refuse_merged
-from pyfast.nn import DENSE_DTYPES, DenseWeight, register_format
+from pyfast.nn import (
+    DENSE_DTYPES,
+    AdapterLayer,
+    DenseWeight,
+    NF4Linear,
+    SavedModule,
+    register_format,
+)
 
 
 def _conv1d_view(module: Any) -> DenseWeight | None:
@@ -29,45 +38,6 @@ def _conv1d_view(module: Any) -> DenseWeight | None:
 
 
 register_format("transformers.pytorch_utils.Conv1D", _conv1d_view)
-
-
-def apply(
-    model: nn.Module,
-    config: Any,
-    *,
-    adapter_name: str = "default",
-    allow_unmatched: bool = False,
-    autocast_adapter_dtype: bool = True,
-) -> nn.Module:
-    """Apply a fine-tuning method to a model, in place, and return the same model.
-
-    Adapter methods freeze the base and add trainable parameters; a second call with another name adds
-    another adapter and makes it the active one. A transformers model afterwards saves its adapters,
-    not its base, in `save_pretrained`, and so in `Trainer`'s checkpoints. A warning names the modules
-    whose tie `modules_to_save` breaks.
-
-    Args:
-        model: any module tree; for defaults, a transformers model of a known family.
-        config: LoraConfig, SFTConfig, or PEFT's config object.
-        adapter_name: letters, digits, `_` and `-`.
-        allow_unmatched: let single names in `target_modules` match nothing.
-        autocast_adapter_dtype: float32 adapters on half-precision weights, as PEFT does.
-
-    Raises:
-        TargetModuleError: a name matches nothing.
-        ConfigError: a value out of range.
-        UnsupportedError: a setting that is not served.
-        AdapterStateError: the name is taken or not allowed, or adapters are merged.
-    """
-    methods.apply(
-        model,
-        config,
-        adapter_name=adapter_name,
-        allow_unmatched=allow_unmatched,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-    )
-    adopt(unwrapped(model))
-    return model
 
 
 def load_adapter(
@@ -99,14 +69,12 @@ def load_adapter(
         AdapterStateError: the name is taken or not allowed, or adapters are merged.
         AdapterNotFoundError: the directory or a file is missing.
     """
-    bare = unwrapped(model)
-    read_adapter(bare, Path(directory), adapter_name, trainable)
-    adopt(bare)
+    read_adapter(unwrapped(model), Path(directory), adapter_name, trainable)
     return model
 
 
-def adopt(model: nn.Module) -> None:
-    """Give a transformers model with adapters a class whose `save_pretrained` writes the adapters.
+def _adopt(model: nn.Module) -> None:
+    """Give a transformers model with adapters or NF4 layers a class whose `save_pretrained` knows them.
 
     The class is a subclass of the model's own with the same name, as FSDP2 does it; nothing outside this
     model changes.
@@ -114,11 +82,15 @@ def adopt(model: nn.Module) -> None:
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return
-    if adapted_modules(model) and not issubclass(type(model), _AdaptedModel):
-        model.__class__ = _adapted_class(type(model))  # type: ignore[arg-type]
+    changed = any(isinstance(m, (AdapterLayer, SavedModule, NF4Linear)) for m in model.modules())
+    if changed and not issubclass(type(model), _ChangedModel):
+        model.__class__ = _changed_class(type(model))  # type: ignore[arg-type]
 
 
-class _AdaptedModel:
+register_adopter(_adopt)
+
+
+class _ChangedModel:
     """Mixed in front of a transformers model class."""
 
     @property
@@ -138,10 +110,12 @@ class _AdaptedModel:
         return _blank, (type(self).__mro__[2],), self.__getstate__()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write the adapters in PEFT's format: "default" here, others in folders of their name."""
+        """Write the adapters in PEFT's format: "default" here, others in folders of their name; without
+        adapters the model, 4-bit layers in bitsandbytes' format."""
         model: Any = self
         if not adapted_modules(model):
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            with _described(model.config, quantization_config(model)):
+                super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
             return
         if kwargs.get("push_to_hub"):
             raise UnsupportedError(
@@ -172,6 +146,22 @@ class _AdaptedModel:
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
 
+@contextlib.contextmanager
+def _described(config: Any, quantization: Any) -> Iterator[None]:
+    """Let a config carry a `quantization_config`, or none, inside the block. Only files have to say how they
+    are read, and models that share the config in memory need not have the same layers."""
+    values = vars(config)
+    before = values.pop("quantization_config", None)
+    if quantization is not None:
+        values["quantization_config"] = quantization
+    try:
+        yield
+    finally:
+        values.pop("quantization_config", None)
+        if before is not None:
+            values["quantization_config"] = before
+
+
 def _active(model: nn.Module) -> list[str]:
     modules = adapted_modules(model).values()
     return list(dict.fromkeys(name for module in modules for name in module.active))
@@ -179,22 +169,22 @@ def _active(model: nn.Module) -> list[str]:
 
 def _link(source: Path, target: Path) -> None:
     """Give the adapter's file the name under which Trainer looks for weights when it resumes or restores
-    the best checkpoint: it tells adapters only by PEFT's model class. No bytes are written twice where
-    the file system has hard links."""
+    the best checkpoint: it reads the other name only for PEFT's model class. Symbolic, so that copies of the
+    checkpoint hold the adapter once too; a copy only where the file system has no such links."""
     target.unlink(missing_ok=True)
     try:
-        target.hardlink_to(source)
+        target.symlink_to(source.relative_to(target.parent))
     except OSError:
         shutil.copyfile(source, target)
 
 
 @cache
-def _adapted_class(cls: Any) -> type[nn.Module]:
-    adapted = type(cls.__name__, (_AdaptedModel, cls), {"__module__": cls.__module__})
-    adapted.__qualname__ = cls.__qualname__
-    return adapted
+def _changed_class(cls: Any) -> type[nn.Module]:
+    changed = type(cls.__name__, (_ChangedModel, cls), {"__module__": cls.__module__})
+    changed.__qualname__ = cls.__qualname__
+    return changed
 
 
 def _blank(cls: Any) -> Any:
-    adapted = _adapted_class(cls)
-    return adapted.__new__(adapted)
+    changed = _changed_class(cls)
+    return changed.__new__(changed)

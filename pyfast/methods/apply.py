@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.errors import AdapterStateError, UnsupportedError
-from pyfast.methods.base import METHODS, Method, Plan, unwrapped
+from pyfast.methods.base import METHODS, Method, Plan, adopt, unwrapped
 from pyfast.methods.state import (
     activate,
     adapter_configs,
@@ -105,13 +105,30 @@ def apply(
     allow_unmatched: bool = False,
     autocast_adapter_dtype: bool = True,
 ) -> nn.Module:
-    """Apply a fine-tuning method to any module tree, in place; arguments and errors as `pyfast.apply`'s,
-    which also teaches a transformers model to save its adapters.
+    """Apply a fine-tuning method to a model, in place, and return the same model.
+
+    Adapter methods freeze the base and add trainable parameters; a second call with another name adds
+    another adapter and makes it the active one. A transformers model afterwards saves its adapters,
+    not its base, in `save_pretrained`, and so in `Trainer`'s checkpoints. A warning names the modules
+    whose tie `modules_to_save` breaks.
+
+    Args:
+        model: any module tree; for defaults, a transformers model of a known family.
+        config: LoraConfig, SFTConfig, or PEFT's config object.
+        adapter_name: letters, digits, `_` and `-`.
+        allow_unmatched: let single names in `target_modules` match nothing.
+        autocast_adapter_dtype: float32 adapters on half-precision weights, as PEFT does.
+
+    Raises:
+        TargetModuleError: a name matches nothing.
+        ConfigError: a value out of range.
+        UnsupportedError: a setting that is not served.
+        AdapterStateError: the name is taken or not allowed, or adapters are merged.
     """
     bare = unwrapped(model)
     plan, ours = prepare(bare, config, adapter_name, allow_unmatched, autocast_adapter_dtype)
     for text in plan.warnings:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=2)
     commit_plan(bare, adapter_name, plan, ours)
     return model
 
@@ -164,3 +181,4 @@ def commit_plan(
     register(model, adapter_name, ours)
     if plan.shapes:
         activate(model, [adapter_name])
+    adopt(model)

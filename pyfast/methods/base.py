@@ -65,6 +65,20 @@ def register_method(method: Method) -> None:
     METHODS[method.config_type] = method
 
 
+_adopters: list[Callable[[nn.Module], None]] = []
+
+
+def register_adopter(adopter: Callable[[nn.Module], None]) -> None:
+    """Have a function of a higher layer called with every model that was given adapters or NF4 layers."""
+    _adopters.append(adopter)
+
+
+def adopt(model: nn.Module) -> None:
+    """Show a model that was changed to all who registered."""
+    for adopter in _adopters:
+        adopter(model)
+
+
 def check_model(model: object) -> None:
     """Raise ConfigError unless the model is a module."""
     if not isinstance(model, nn.Module):

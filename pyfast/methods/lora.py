@@ -173,12 +173,6 @@ class LoraLinear(AdapterLayer):
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
-    def _fusible(self, name: str) -> Weight | None:
-        """The base's weight, unless hooks watch a part or serve it (offloading): then parts are called."""
-        base = self.base_layer
-        hooked = has_hooks(base) or has_hooks(self.lora_A[name]) or has_hooks(self.lora_B[name])
-        return None if hooked else weight_of(base)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., K] to [..., N] with every active adapter; the first one is fused with the base."""
         if not self.enabled or not self.active or self.merged:
@@ -186,13 +180,15 @@ class LoraLinear(AdapterLayer):
             return out
         y: Tensor
         first, *others = self.active
-        weight = self._fusible(first)
+        base, a, b = self.base_layer, self.lora_A[first], self.lora_B[first]
+        # Hooks that watch a part or serve it (offloading): then the parts are called.
+        hooked = has_hooks(base) or has_hooks(a) or has_hooks(b)
+        weight = None if hooked else weight_of(base)
         if weight is None:
-            y, others = self.base_layer(x, *args, **kwargs), self.active
+            y, others = base(x, *args, **kwargs), self.active
         else:
-            a, b = self._factors(first)
             dropout = self.dropout[first] if self.training else 0.0
-            y = weight.lora_linear(x, a, b, self.scaling[first], dropout)
+            y = weight.lora_linear(x, a.weight, b.weight, self.scaling[first], dropout)  # type: ignore[arg-type]
         for name in others:
             y = y + self._addition(name, x).to(y.dtype)
         return y

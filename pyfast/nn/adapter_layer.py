@@ -19,6 +19,8 @@ from pyfast.errors import AdapterStateError, NonFiniteError
 from pyfast.nn.weight import DenseWeight, NF4Weight, Weight, weight_of
 
 _SWITCHING = threading.Lock()
+# What accelerate writes on a module that it serves; each module has only its own.
+_HOOK_MARKS = ("_hf_hook", "_old_forward")
 
 
 class Switchable(nn.Module):
@@ -287,6 +289,7 @@ class SavedModule(Switchable):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "active" not in self.__dict__:  # a blank that pickle or copy is about to fill
+            blank = "active" not in self.__dict__  # pickle or copy is about to fill it
+            if blank or name in _HOOK_MARKS:
                 raise
             return getattr(self.current(), name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,13 +189,19 @@ def weight_of(module: nn.Module) -> Weight | None:
     return None
 
 
+def _parameter(module: nn.Module, name: str) -> Any:
+    """`getattr` for what is mostly a parameter: nn.Module's own search for one takes half a microsecond."""
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)
+
+
 def _linear_view(module: nn.Module) -> Weight | None:
-    weight = module.weight
+    weight = _parameter(module, "weight")
     if not isinstance(weight, Tensor) or weight.dtype not in DENSE_DTYPES or weight.ndim != 2:
         return None
     if type(weight) not in (Tensor, nn.Parameter):
         return None  # a quantised or sharded tensor subclass has its own rules
-    return DenseWeight(weight, module.bias)  # type: ignore[arg-type]
+    return DenseWeight(weight, _parameter(module, "bias"))
 
 
 register_format("torch.nn.modules.linear.Linear", _linear_view)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 def cast_for_autocast(first: Tensor, *others: Tensor | None) -> Any:
     """Cast floating-point tensors (but float64) to the autocast dtype of the first one's device, if on."""
+    if not torch._C._is_any_autocast_enabled():  # a quick answer for most calls
+        return first, *others
     kind = first.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch has no autocast for meta
         return first, *others

@@ -7,15 +7,16 @@ W go through it and C++ makes those with A and B.
 
 from __future__ import annotations
 
-import functools
-import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyfast import _extension
 from pyfast.ops import _library, _philox
-from pyfast.ops._scratch import counters, scratch, scratch_lock
+from pyfast.ops._scratch import raw_stream, scratch, scratch_lock, workspace
 from pyfast.ops.dropout import dropout_op
 from pyfast.ops.nf4 import dequantize_into
 
@@ -47,137 +48,206 @@ def missing(x: Tensor, a: Tensor, b: Tensor) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=4096)
-def _gemm_name(
-    device: int, m: int, n: int, k: int, pitch: int, by_out: bool, transposed: bool
-) -> str:
-    """The kernel for x W^T or, transposed, dy W; empty where torch's serves."""
-    name: str = _extension.C.lora_gemm_name(device, m, n, k, pitch, by_out, transposed)[0]
-    return name
+class Plan(NamedTuple):
+    """What every launch of one direction for one signature shares."""
+
+    reason: str
+    """Why the kernels cannot serve; the rest is then unset."""
+    device: int = 0
+    sizes: tuple[int, ...] = ()
+    """Codes of the two dtypes, M, N, K and R."""
+    gemm: str = ""
+    """Our kernel for the product with W; empty where torch's serves or none is wanted."""
+    beside: str = ""
+    """What to call the kernels where torch makes the product with W, and why it does."""
+    x_in_place: bool = True
+    """Whether the kernels can read x as it lies; else they get a copy. So for dy, W, and A with B."""
+    pitch_x: int = 0
+    dy_in_place: bool = True
+    pitch_dy: int = 0
+    w_in_place: bool = True
+    by_out: bool = True
+    pitch_w: int = 0
+    factors_in_place: bool = True
+    pitch_z: int = 0
+    counters: int = 0
+    """Bytes of zeros ahead of the workspace, and of both."""
+    space: int = 0
 
 
-@functools.lru_cache(maxsize=4096)
-def _workspace(device: int, m: int, n: int, k: int, r: int) -> int:
-    size: int = _extension.C.lora_workspace(device, m, n, k, r)
-    return size
+def plan(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, quantized: bool,
+    grad_y: Tensor | None = None, want_x: bool = True,
+) -> Plan:  # fmt: skip
+    """The plan of a forward, or with `grad_y` of a backward."""
+    if reason := missing(x, a, b):
+        return Plan(reason)
+    (r, k), n = a.shape, b.shape[0]
+    device, m = x.device.index, x.numel() // k
+    w_in_place, by_out, pitch_w = (True, True, k) if quantized else _stored(weight)
+    counters = 4 * _extension.C.lora_counters
+    gemm, why = "", ""
+    if m and want_x:
+        gemm, why = _extension.C.lora_gemm_name(
+            device, m, n, k, pitch_w, by_out, grad_y is not None
+        )
+        if not quantized and weight.data_ptr() % 16:
+            gemm, why = "", "the weight does not begin on 16 bytes"
+    dy_in_place, pitch_dy = (True, n) if grad_y is None else _in_place(grad_y, n)
+    x_in_place, pitch_x = _in_place(x, k)
+    return Plan(
+        "",
+        device,
+        (_extension.DTYPES[x.dtype], _extension.DTYPES[a.dtype], m, n, k, r),
+        gemm,
+        f"lora_linear_skinny ({why})" if why else "lora_linear_skinny",
+        x_in_place,
+        pitch_x,
+        dy_in_place,
+        pitch_dy,
+        w_in_place,
+        by_out,
+        pitch_w,
+        a.is_contiguous() and b.is_contiguous(),
+        padded(r),
+        counters,
+        counters + _extension.C.lora_workspace(device, m, n, k, r) if m else 0,
+    )
 
 
-def _rows(tensor: Tensor, columns: int) -> Tensor:
-    """[..., columns] as a matrix whose rows the kernels can read: 16-byte units at a fixed pitch."""
+def _in_place(tensor: Tensor, columns: int) -> tuple[bool, int]:
+    """Whether [..., columns] lies as rows in 16-byte units at a fixed pitch; that pitch, or a copy's."""
     matrix = tensor.reshape(tensor.numel() // columns, columns)
-    if matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0:
-        return matrix
-    matrix = matrix.contiguous()
-    return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
+    pitch, step = matrix.stride()
+    fits = step == 1 and pitch % 8 == 0 and pitch >= columns
+    fits = fits and matrix.data_ptr() == tensor.data_ptr() and tensor.data_ptr() % 16 == 0
+    return fits, pitch if fits else columns
 
 
-class _Weight:
-    """W as the GEMMs take it: stored by out or by in feature, at a pitch."""
+def _stored(weight: Tensor) -> tuple[bool, bool, int]:
+    """Whether W [N, K] can be read as it lies, whether by out feature, and the pitch; or a copy's."""
+    (n, k), (down, across) = weight.shape, weight.stride()
+    if across == 1 and down >= k:
+        return True, True, down
+    if down == 1 and across >= n:
+        return True, False, across
+    return False, True, k
 
-    def __init__(self, weight: Tensor) -> None:
-        self.by_out = weight.stride(1) == 1
-        if not self.by_out and weight.stride(0) != 1:
-            weight, self.by_out = weight.contiguous(), True
-        self.matrix = weight
-        self.pitch = weight.stride(0) if self.by_out else weight.stride(1)
-        self.aligned = weight.data_ptr() % 16 == 0
 
-    def gemm(self, device: int, m: int, transposed: bool) -> str:
-        n, k = self.matrix.shape
-        if not self.aligned:
-            return ""
-        return _gemm_name(device, m, n, k, self.pitch, self.by_out, transposed)
+def _copied(tensor: Tensor) -> Tensor:
+    """Contiguous, on 16 bytes."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _add_product(to: Tensor, low: Tensor, rank: int, factor: Tensor) -> None:
+    """to += low[:, :rank] factor. Each view that is not needed would cost a microsecond."""
+    low = low if low.shape[1] == rank else low[:, :rank]
+    to.addmm_(low, factor if factor.dtype is to.dtype else factor.to(to.dtype))
 
 
 def _dense(
-    weight: Tensor, shape: tuple[int, int], dtype: torch.dtype, absmax: Tensor | None,
+    plan: Plan, weight: Tensor, dtype: torch.dtype, absmax: Tensor | None,
     nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int,
 ) -> Tensor:  # fmt: skip
     """The dense weight; an NF4 one is decoded into the scratch buffer, under the caller's lock."""
     if absmax is None:
-        return weight
-    w = scratch(shape[0] * shape[1], weight, dtype).view(shape)
+        return weight if plan.w_in_place else weight.contiguous()
+    _, _, _, n, k, _ = plan.sizes
+    w = scratch(n * k, weight, dtype).view(n, k)
     dequantize_into(w, weight, absmax, blocksize, nested_absmax, offset)
     return w
 
 
+def _problem(
+    plan: Plan, stream: int, space: Tensor, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor,
+    scale: float, dropout: float, seed: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments that both directions share."""
+    counters = space.data_ptr()
+    return (
+        plan.device, stream, *plan.sizes, x.data_ptr(), plan.pitch_x,
+        w.data_ptr() if w is not None and plan.gemm else 0, plan.pitch_w, plan.by_out,
+        a.data_ptr(), b.data_ptr(), scale, plan.pitch_z, _extension.ptr(seed),
+        _philox.threshold(dropout), counters + plan.counters, counters,
+    )  # fmt: skip
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+    plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
     offset: Tensor | None, blocksize: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and z, see `ops.lora_linear`."""
-    (r, k), n = a.shape, b.shape[0]
-    x_mk = _rows(x, k)
-    m = x_mk.shape[0]
-    y = x.new_empty((*x.shape[:-1], n))
-    z = x.new_empty((m, padded(r)))
+    _, _, m, n, _, r = plan.sizes
+    shape = (*x.shape[:-1], n)
+    z = x.new_empty(m, plan.pitch_z)
     if m == 0:
-        return y, z
-    device = x.device.index
-    a, b = a.contiguous(), b.contiguous()
+        return x.new_empty(shape), z
+    if not plan.x_in_place:
+        x = _copied(x)
+    if not plan.factors_in_place:
+        a, b = a.contiguous(), b.contiguous()
+    stream = raw_stream(plan.device)
     with scratch_lock:
-        w = _Weight(_dense(weight, (n, k), x.dtype, absmax, nested_absmax, offset, blocksize))
-        name = w.gemm(device, m, False)
-        work = scratch(_workspace(device, m, n, k, r), x, torch.uint8)
+        w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
+        y = x.new_empty(*shape) if plan.gemm else F.linear(_matrix(x), w, bias)
+        space = workspace(x, stream, plan.space, plan.counters)
         served = _extension.C.lora_forward(
-            device, _extension.stream(device), _extension.DTYPES[x.dtype],
-            _extension.DTYPES[a.dtype], m, n, k, r, x_mk.data_ptr(), x_mk.stride(0),
-            w.matrix.data_ptr() if name else 0, w.pitch, w.by_out, a.data_ptr(), b.data_ptr(),
-            scale, padded(r), _extension.ptr(seed), _philox.threshold(dropout), work.data_ptr(),
-            counters(_extension.C.lora_counters, x).data_ptr(), _extension.ptr(bias),
-            y.data_ptr(), z.data_ptr(),
+            *_problem(plan, stream, space, x, w, a, b, scale, dropout, seed),
+            _extension.ptr(bias), y.data_ptr(), z.data_ptr(),
         )  # fmt: skip
-        _library.record("lora_linear", served or "lora_linear_skinny")
-        if not name:
-            base = torch.nn.functional.linear(x_mk, w.matrix, bias)
-            torch.addmm(base, z[:, :r], b.to(x.dtype).t(), out=y.view(m, n))
+    _library.record("lora_linear", served or plan.beside)
+    if not plan.gemm:
+        _add_product(y, z, r, b.t())
+        y = y if len(shape) == 2 else y.view(*shape)
     return y, z
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float,
-    dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
-    offset: Tensor | None, blocksize: int, wanted: list[bool],
+    plan: Plan, grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor,
+    scale: float, dropout: float, seed: Tensor | None, absmax: Tensor | None,
+    nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dW, dA and dB, empty where not wanted, see `ops.lora_linear`."""
     want_x, want_w, want_a, want_b = wanted
-    (r, k), n = a.shape, b.shape[0]
-    m = math.prod(x.shape[:-1])
-    make = x.new_zeros if m == 0 else x.new_empty
-    grad_x = make(x.shape if want_x else (0,))
-    grad_a = make(a.shape if want_a else (0,), dtype=a.dtype)
-    grad_b = make(b.shape if want_b else (0,), dtype=b.dtype)
+    _, _, m, _, _, r = plan.sizes
+    if not plan.x_in_place:
+        x = _copied(x)
+    if not plan.dy_in_place:
+        grad_y = _copied(grad_y)
+    if not plan.factors_in_place:
+        a, b = a.contiguous(), b.contiguous()
+    make = torch.empty_like if m else torch.zeros_like
+    grad_a = make(a) if want_a else a.new_empty(0)
+    grad_b = make(b) if want_b else b.new_empty(0)
+    grad_w = torch.mm(_matrix(grad_y).t(), _matrix(x)) if want_w else x.new_empty(0)
     if m == 0:
-        return grad_x, make(weight.shape if want_w else (0,)), grad_a, grad_b
-    x_mk, dy_mn = _rows(x, k), _rows(grad_y, n)
-    dz = x.new_empty((m, padded(r)))
-    device = x.device.index
-    a, b = a.contiguous(), b.contiguous()
+        return x.new_empty(x.shape if want_x else 0), grad_w, grad_a, grad_b
+    dz = x.new_empty(m, plan.pitch_z)
+    w: Tensor | None = None
+    stream = raw_stream(plan.device)
     with scratch_lock:
-        name = ""
         if want_x:
-            w = _Weight(_dense(weight, (n, k), x.dtype, absmax, nested_absmax, offset, blocksize))
-            name = w.gemm(device, m, True)
-        work = scratch(_workspace(device, m, n, k, r), x, torch.uint8)
+            w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
+            grad_x = x.new_empty(*x.shape) if plan.gemm else torch.mm(_matrix(grad_y), w)
+        else:
+            grad_x = x.new_empty(0)
+        space = workspace(x, stream, plan.space, plan.counters)
         served = _extension.C.lora_backward(
-            device, _extension.stream(device), _extension.DTYPES[x.dtype],
-            _extension.DTYPES[a.dtype], m, n, k, r, x_mk.data_ptr(), x_mk.stride(0),
-            w.matrix.data_ptr() if name else 0, w.pitch if name else 0, w.by_out if name else True,
-            a.data_ptr(), b.data_ptr(), scale, padded(r), _extension.ptr(seed),
-            _philox.threshold(dropout), work.data_ptr(),
-            counters(_extension.C.lora_counters, x).data_ptr(), dy_mn.data_ptr(), dy_mn.stride(0),
-            z.data_ptr(), dz.data_ptr(), grad_x.data_ptr() if want_x else 0,
-            grad_a.data_ptr() if want_a else 0, grad_b.data_ptr() if want_b else 0,
+            *_problem(plan, stream, space, x, w, a, b, scale, dropout, seed),
+            grad_y.data_ptr(), plan.pitch_dy, z.data_ptr(), dz.data_ptr(),
+            grad_x.data_ptr() if want_x else 0, grad_a.data_ptr() if want_a else 0,
+            grad_b.data_ptr() if want_b else 0,
         )  # fmt: skip
-        _library.record("lora_linear_backward", served or "lora_linear_skinny")
-        if want_x and not name:
-            base = torch.mm(dy_mn, w.matrix)
-            low, a_rk = dz[:, :r], a.to(x.dtype)
-            if dropout == 0.0:
-                torch.addmm(base, low, a_rk, out=grad_x.view(m, k))
-            else:
-                masked = dropout_op(low @ a_rk, dropout, seed)
-                torch.add(base, masked, out=grad_x.view(m, k))
-    grad_w = dy_mn.t() @ x_mk if want_w else make((0,))
+    _library.record("lora_linear_backward", served or plan.beside)
+    if want_x and not plan.gemm:
+        if dropout == 0.0:
+            _add_product(grad_x, dz, r, a)
+        else:
+            grad_x.add_(dropout_op(dz[:, :r] @ a.to(x.dtype), dropout, seed))
+        grad_x = grad_x if x.ndim == 2 else grad_x.view(*x.shape)
     return grad_x, grad_w, grad_a, grad_b

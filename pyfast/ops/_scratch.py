@@ -9,10 +9,8 @@ import threading
 import torch
 from torch import Tensor
 
-from pyfast import _extension
-
 _buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
 scratch_lock = threading.Lock()
 """Held from `scratch` to the last launch that uses it: threads share buffers, and launches drop the GIL."""
 
@@ -21,10 +19,15 @@ def _renew_after_fork() -> None:
     """In a forked child nobody is left to release the lock, nor to finish what was in the buffers."""
     scratch_lock._at_fork_reinit()  # type: ignore[attr-defined]
     _buffers.clear()
-    _counters.clear()
+    _workspaces.clear()
 
 
 os.register_at_fork(after_in_child=_renew_after_fork)
+
+
+def raw_stream(device: int) -> int:
+    """Handle of a CUDA device's current stream, without the 5 us of a Stream object."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def scratch(numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,7 +46,7 @@ def scratch(numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
     if like.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return like.new_empty((numel,), dtype=dtype)
-        stream = _extension.stream(like.device.index)
+        stream = raw_stream(like.device.index)
     key = (like.device, dtype, stream)
     held = _buffers.get(key)
     if held is None or held.numel() < numel:
@@ -51,12 +54,17 @@ def scratch(numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
     return held[:numel]
 
 
-def counters(numel: int, like: Tensor) -> Tensor:
-    """`numel` int32 zeros per CUDA device and stream for kernels that leave zeros behind."""
-    if torch.cuda.is_current_stream_capturing():
-        return like.new_zeros((numel,), dtype=torch.int32)
-    key = (like.device, _extension.stream(like.device.index))
-    held = _counters.get(key)
-    if held is None:
-        held = _counters[key] = torch.zeros(numel, dtype=torch.int32, device=like.device)
+def workspace(like: Tensor, stream: int, size: int, zeros: int) -> Tensor:
+    """At least `size` bytes on a CUDA device for one stream, reused as `scratch` is.
+
+    The first `zeros` bytes, the same number in every call, are zero: kernels leave zeros behind.
+    """
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (like.device, stream)
+    held = None if capturing else _workspaces.get(key)
+    if held is None or held.numel() < size:
+        held = like.new_empty(size, dtype=torch.uint8)
+        held[:zeros].zero_()
+        if not capturing:
+            _workspaces[key] = held
     return held

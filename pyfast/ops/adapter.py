@@ -78,23 +78,23 @@ class _AdapterScale(torch.autograd.Function):
     """dx = dy * scale; dscale = sum of dy * x over rows."""
 
     @staticmethod
-    def forward(ctx, x, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, below, x, scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, scale)
-        return _library.below_autograd(_scale, x, scale)
+        return below(x, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
-        wanted = list(ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[1:]
         grads = _scale_backward(grad_y, *ctx.saved_tensors, wanted)
-        return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        return None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
 _scale = _library.define(
     "adapter_scale(Tensor x, Tensor scale) -> Tensor",
     fake=_scale_fake,
     reference=_scale_reference,
-    autograd=_AdapterScale.apply,
+    autograd=_AdapterScale,
 )
 
 
@@ -253,22 +253,21 @@ class _Bottleneck(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps
+        ctx, below, x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps
     ):
-        y, h = _library.below_autograd(
-            _bottleneck, x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps
-        )
+        y, h = below(x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps)
         ctx.save_for_backward(h, x, down, up, norm_weight, norm_bias)
         ctx.constants = (activation, eps)
         ctx.mark_non_differentiable(h)
         return y, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable
     def backward(ctx, grad_y, _grad_h):  # type: ignore[no-untyped-def]
-        wanted = list(ctx.needs_input_grad[:7])
+        wanted = ctx.needs_input_grad[1:8]
         grads = _bottleneck_backward(grad_y, *ctx.saved_tensors, *ctx.constants, wanted)
         return (
+            None,
             *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
             None,
             None,
@@ -279,7 +278,7 @@ _bottleneck = _library.define(
     f"adapter_bottleneck({_BOTTLENECK}) -> (Tensor, Tensor)",
     fake=_bottleneck_fake,
     reference=_bottleneck_reference,
-    autograd=_Bottleneck.apply,
+    autograd=_Bottleneck,
 )
 
 

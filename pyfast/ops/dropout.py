@@ -59,16 +59,16 @@ class _Dropout(torch.autograd.Function):
     """Saves 16 bytes of seed; the gradient is the same op on dy."""
 
     @staticmethod
-    def forward(ctx, x, p, seed):  # type: ignore[no-untyped-def]
+    def forward(ctx, below, x, p, seed):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(seed)
         ctx.p = p
-        return _library.below_autograd(dropout_op, x, p, seed)
+        return below(x, p, seed)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         (seed,) = ctx.saved_tensors
-        return dropout_op(grad_y, ctx.p, seed), None, None
+        return None, dropout_op(grad_y, ctx.p, seed), None, None
 
 
 dropout_op = _library.define(
@@ -76,7 +76,7 @@ dropout_op = _library.define(
     fake=_dropout_fake,
     reference=_dropout_reference,
     kernel=_dropout_kernel,
-    autograd=_Dropout.apply,
+    autograd=_Dropout,
 )
 
 

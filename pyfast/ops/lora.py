@@ -155,13 +155,17 @@ def _lora_backward_reference(
     )
 
 
+_backward_plan = _library.planned(_lora_launch.plan)
+
+
 def _lora_backward_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, x, _, _, a, b, *_ = args
-    if reason := _lora_launch.missing(x, a, b):
+    grad_y, x, _, weight, a, b, _, _, _, absmax, _, _, _, wanted = args
+    plan = _backward_plan(x, weight, a, b, absmax is not None, grad_y, wanted[0])
+    if plan.reason:
         result: tuple[Tensor, Tensor, Tensor, Tensor]
-        result = _library.fall_back("lora_linear_backward", reason, *args)
+        result = _library.fall_back("lora_linear_backward", plan.reason, *args)
         return result
-    return _lora_launch.backward(*args)
+    return _lora_launch.backward(plan, *args)
 
 
 _lora_backward = _library.define(
@@ -180,12 +184,12 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset, blocksize
-    ):
-        y, z = _library.below_autograd(
-            _lora, x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset,
-            blocksize,
-        )  # fmt: skip
+        ctx, below, x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset,
+        blocksize,
+    ):  # fmt: skip
+        y, z = below(
+            x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset, blocksize
+        )
         ctx.save_for_backward(x, z, weight, a, b, seed, absmax, nested_absmax, offset)
         ctx.constants = (scale, dropout, blocksize)
         ctx.mark_non_differentiable(z)
@@ -193,38 +197,43 @@ class _LoraLinear(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable
     def backward(ctx, grad_y, _grad_z):  # type: ignore[no-untyped-def]
         if grad_y is None:
-            return (None,) * 12
+            return (None,) * 13
         x, z, weight, a, b, seed, absmax, nested_absmax, offset = ctx.saved_tensors
         scale, dropout, blocksize = ctx.constants
-        need = ctx.needs_input_grad
-        wanted = [need[0], need[1], need[3], need[4]]
-        grads = [None] * 4
+        want_x, want_w, want_bias, want_a, want_b = ctx.needs_input_grad[1:6]
+        wanted = (want_x, want_w, want_a, want_b)
+        grad_x = grad_w = grad_bias = grad_a = grad_b = None
         if any(wanted):
-            grads = [
-                grad if want else None
-                for grad, want in zip(
-                    _lora_backward(
-                        grad_y, x, z, weight, a, b, scale, dropout, seed, absmax,
-                        nested_absmax, offset, blocksize, wanted,
-                    ),
-                    wanted,
-                    strict=True,
-                )
-            ]  # fmt: skip
-        grad_bias = grad_y.reshape(z.shape[0], grad_y.shape[-1]).sum(0) if need[2] else None
-        return grads[0], grads[1], grad_bias, grads[2], grads[3], *(None,) * 7
+            grad_x, grad_w, grad_a, grad_b = _lora_backward(
+                grad_y, x, z, weight, a, b, scale, dropout, seed, absmax, nested_absmax, offset,
+                blocksize, wanted,
+            )  # fmt: skip
+        if want_bias:
+            grad_bias = grad_y.reshape(z.shape[0], grad_y.shape[-1]).sum(0)
+        return (
+            None, grad_x if want_x else None, grad_w if want_w else None, grad_bias,
+            grad_a if want_a else None, grad_b if want_b else None, *(None,) * 7,
+        )  # fmt: skip
+
+
+@_library.planned
+def _forward_plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, _scale: float,
+    dropout: float, seed: Tensor | None, absmax: Tensor | None, *rest: Any,
+) -> _lora_launch.Plan:  # fmt: skip
+    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, *rest)
+    return _lora_launch.plan(x, weight, a, b, absmax is not None)
 
 
 def _lora_kernel(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, bias, a, b, _, dropout, seed, absmax, *rest = args
-    _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, *rest)
-    if reason := _lora_launch.missing(x, a, b):
-        result: tuple[Tensor, Tensor] = _library.fall_back("lora_linear", reason, *args)
+    plan = _forward_plan(*args)
+    if plan.reason:
+        result: tuple[Tensor, Tensor] = _library.fall_back("lora_linear", plan.reason, *args)
         return result
-    return _lora_launch.forward(*args)
+    return _lora_launch.forward(plan, *args)
 
 
 _lora = _library.define(
@@ -234,7 +243,7 @@ _lora = _library.define(
     reference=_lora_reference,
     kernel=_lora_kernel,
     devices=("CUDA",),
-    autograd=_LoraLinear.apply,
+    autograd=_LoraLinear,
 )
 
 

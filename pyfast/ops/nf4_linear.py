@@ -62,6 +62,19 @@ def _slabs(n: int, k: int, blocksize: int) -> list[tuple[int, int]]:
     return [(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
+@_library.planned
+def _linear_plan(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> tuple[bool, bool]:  # fmt: skip
+    """Whether W is dequantised whole, and whether there is anything to compute."""
+    k = _check.features("nf4_linear", "x", x)
+    _linear_check("nf4_linear", x, packed, absmax, bias, out_features, k, blocksize,
+                  nested_absmax, offset)  # fmt: skip
+    whole = x.device.type == "cuda" or out_features * k <= _SLAB_ELEMENTS
+    return whole, out_features > 0 and 0 not in x.shape[:-1]
+
+
 def _linear_kernel(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
@@ -70,17 +83,17 @@ def _linear_kernel(
     if reason := missing_kernel(x, x.dtype):
         result: Tensor = _library.fall_back("nf4_linear", reason, *args)
         return result
-    out = _linear_fake(*args)
+    whole, filled = _linear_plan(*args)
     k = x.shape[-1]
-    whole = x.device.type == "cuda" or out_features * k <= _SLAB_ELEMENTS
     _library.record("nf4_linear", "nf4_linear_scratch" if whole else "nf4_linear_slabs")
-    if out.numel() == 0:
-        return out
-    if whole:
+    if whole and filled:
         with scratch_lock:
             w = scratch(out_features * k, x).view(out_features, k)
             dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
             return torch.nn.functional.linear(x, w, bias)
+    out = x.new_empty((*x.shape[:-1], out_features))
+    if not filled:
+        return out
     x_mk, out_mn = x.reshape(-1, k), out.view(-1, out_features)
     for start, stop in _slabs(out_features, k, blocksize):
         part = None if bias is None else bias[start:stop]
@@ -93,13 +106,23 @@ def _linear_kernel(
     return out
 
 
+def _linear_backward_check(
+    grad_y: Tensor, packed: Tensor, absmax: Tensor, in_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> None:  # fmt: skip
+    n = _check.features("nf4_linear_backward", "grad_y", grad_y)
+    _linear_check("nf4_linear_backward", grad_y, packed, absmax, None, n, in_features, blocksize,
+                  nested_absmax, offset)  # fmt: skip
+
+
+_linear_backward_plan = _library.planned(_linear_backward_check)
+
+
 def _linear_backward_fake(
     grad_y: Tensor, packed: Tensor, absmax: Tensor, in_features: int,
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    n = _check.features("nf4_linear_backward", "grad_y", grad_y)
-    _linear_check("nf4_linear_backward", grad_y, packed, absmax, None, n, in_features, blocksize,
-                  nested_absmax, offset)  # fmt: skip
+    _linear_backward_check(grad_y, packed, absmax, in_features, blocksize, nested_absmax, offset)
     return grad_y.new_empty((*grad_y.shape[:-1], in_features))
 
 
@@ -122,7 +145,7 @@ def _linear_backward_kernel(
     if reason := missing_kernel(grad_y, grad_y.dtype):
         result: Tensor = _library.fall_back("nf4_linear_backward", reason, *args)
         return result
-    _linear_backward_fake(*args)
+    _linear_backward_plan(*args)
     # The contraction runs over the rows of W, so slabs would be summed in the output's dtype and round
     # once a slab; the whole matrix goes into a reused buffer instead.
     n = grad_y.shape[-1]
@@ -146,25 +169,25 @@ class _NF4Linear(torch.autograd.Function):
     """dx = dy W; dbias = sum of dy over rows. The packed weight has no gradient."""
 
     @staticmethod
-    def forward(ctx, x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, below, x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset
+    ):
         ctx.save_for_backward(packed, absmax, nested_absmax, offset)
         ctx.geometry = (x.shape[-1], blocksize)
-        return _library.below_autograd(
-            nf4_linear_op, x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset
-        )
+        return below(x, packed, absmax, bias, out_features, blocksize, nested_absmax, offset)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         packed, absmax, nested_absmax, offset = ctx.saved_tensors
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             grad_x = nf4_linear_backward_op(
                 grad_y, packed, absmax, *ctx.geometry, nested_absmax, offset
             )
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
-        return grad_x, None, None, grad_bias, None, None, None, None
+        return None, grad_x, None, None, grad_bias, None, None, None, None
 
 
 nf4_linear_op = _library.define(
@@ -173,7 +196,7 @@ nf4_linear_op = _library.define(
     fake=_linear_fake,
     reference=_linear_reference,
     kernel=_linear_kernel,
-    autograd=_NF4Linear.apply,
+    autograd=_NF4Linear,
 )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pyfast.errors import ConfigError
@@ -266,8 +267,20 @@ def validate(config: FinetuneConfig) -> None:
         )
 
 
+def in_full(name: str) -> str:
+    """The absolute path of what is here under a name; another name, such as a hub's, as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def to_dict(config: FinetuneConfig) -> dict[str, Any]:
-    """The configuration as plain values that YAML and JSON can hold."""
+    """The configuration as plain values that YAML and JSON can hold, and that mean the same anywhere."""
     values = dataclasses.asdict(config)
     values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
+    if config.model != "default":
+        values["model"] = in_full(config.model)
+    if config.data_files:
+        values["data"] = [in_full(file) for file in config.data_files]
+    for part, name in ((values, "output_dir"), (values["dataset"], "eval_data")):
+        if part[name] is not None:
+            part[name] = in_full(part[name])
     return values

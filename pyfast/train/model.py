@@ -13,7 +13,7 @@ import torch
 
 import pyfast
 from pyfast.errors import ConfigError, NoGradientError
-from pyfast.train.config import FinetuneConfig, RunOptions
+from pyfast.train.config import FinetuneConfig, RunOptions, in_full
 from pyfast.train.data import Data
 from pyfast.train.default_model import HUB_ID
 from pyfast.train.pretrained import load_pretrained, model_source
@@ -92,7 +92,7 @@ def prepare_model(
             use_rslora=options.rslora,
             task_type="CAUSAL_LM",
             # Not the path that the default model has on this machine: PEFT loads it from the hub.
-            base_model_name_or_path=HUB_ID if config.model == "default" else config.model,
+            base_model_name_or_path=HUB_ID if config.model == "default" else in_full(config.model),
         )
         pyfast.apply(model, lora)
     if config.run.activation_checkpointing:

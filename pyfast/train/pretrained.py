@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from pyfast.train.default_model import default_model_dir
 
 _HUB_SECONDS = 5.0
 _FIX = "Fix: the path of a model directory, or --model default."
+# Constants that models once stored beside their weights, and now make themselves.
+_CONSTANTS = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
 
 
 def model_source(name: str) -> str:
@@ -27,7 +30,7 @@ def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tu
 
     Raises:
         ConfigError: There is no such model, here or on the hub, it cannot be read, or its weights are
-            not all there in the shapes that its config.json asks for.
+            not those that its config.json asks for.
         UnsupportedError: The model is an encoder-decoder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -50,7 +53,13 @@ def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tu
             **only,
         )
     model, info = loaded
-    _check_complete(source, model, info)
+    if other := sorted(info["mismatched_keys"]):
+        name, stored, needed = other[0]
+        raise ConfigError(
+            f"{len(other)} weights of '{source}' have other shapes than its config.json asks for (first: "
+            f"{name}, {list(stored)} for {list(needed)}). Fix: the config.json that belongs to the weights."
+        )
+    check_whole(source, model, info["missing_keys"], info["unexpected_keys"])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -67,20 +76,47 @@ def telling_what_cannot_be_read(source: str) -> Iterator[None]:
         raise ConfigError(f"cannot load the model '{source}': {_first_line(error)}.") from error
 
 
-def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
-    """Refuse a model some of whose weights are not the stored ones but random."""
-    kind = type(model).__name__
-    if other := sorted(info["mismatched_keys"]):
-        name, stored, needed = other[0]
+def check_whole(source: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse a model that its config.json makes of other weights than the stored ones.
+
+    Args:
+        source: The model as the user named it.
+        model: What its config.json describes.
+        missing: Weights of `model` that are not stored.
+        unexpected: Stored tensors that `model` has no place for.
+
+    Raises:
+        ConfigError: A weight is missing, or a part of `model` has fewer weights than are stored.
+    """
+    if lacking := sorted(missing):
         raise ConfigError(
-            f"{len(other)} weights of '{source}' have other shapes than its config.json asks for (first: "
-            f"{name}, {list(stored)} for {list(needed)}). Fix: the config.json that belongs to the weights."
-        )
-    if lacking := sorted(info["missing_keys"]):
-        raise ConfigError(
-            f"'{source}' lacks {len(lacking)} weights of {kind} (first: {lacking[0]}). "
+            f"'{source}' lacks {len(lacking)} weights of {type(model).__name__} (first: {lacking[0]}). "
             "Fix: get the model again, as a whole."
         )
+    if surplus := _surplus(model, unexpected):
+        raise ConfigError(
+            f"'{source}' holds {len(surplus)} weights more than its config.json asks for (first: "
+            f"{surplus[0]}). Fix: the config.json that belongs to the weights."
+        )
+
+
+def _surplus(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Stored weights of parts that the model has, such as layers beyond its last one: it drops them.
+
+    Parts that its class does not have at all, such as a value head, take no part in what it computes.
+    """
+    ignored = re.compile("|".join([*_CONSTANTS, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    base = model.base_model_prefix
+    children = [*model.named_children(), *model.base_model.named_children()]
+    parts = {name for name, _ in children if name != base}
+    buffers = {name.removeprefix(f"{base}.") for name, _ in model.named_buffers()}
+    # The files of a base model alone have its names without the prefix.
+    names = {key: key.removeprefix(f"{base}.") for key in sorted(unexpected)}
+    return [
+        key
+        for key, name in names.items()
+        if name.partition(".")[0] in parts and name not in buffers and not ignored.search(key)
+    ]
 
 
 def _locate(source: str) -> str:

@@ -26,6 +26,7 @@ from pyfast.train.config import DatasetOptions
 # The forms a line may have, told apart by their fields.
 _PAIRS = {"prompt/completion": ("prompt", "completion"), "input/output": ("input", "output")}
 _MESSAGES = "messages"
+_FORMS = {**_PAIRS, _MESSAGES: (_MESSAGES,)}
 _ROLES = ("system", "user", "assistant", "tool")
 _MAX_LISTED = 5
 
@@ -220,6 +221,11 @@ def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Rec
         raise _Bad(1, "JSON is nested too deeply.") from None
     if not isinstance(value, dict):
         raise _Bad(1, f"a record must be a JSON object, this is {_kind(value)}.")
+    whole = [
+        name for name, fields in _FORMS.items() if all(value.get(f) is not None for f in fields)
+    ]
+    if len(whole) > 1:
+        raise _Bad(1, f"the record holds {' and '.join(whole)}; one form is read.")
     form = form or _form(value)
     if form == _MESSAGES:
         turns = tuple(_turns(value, text))

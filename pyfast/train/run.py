@@ -142,7 +142,7 @@ def prepare_output(config: FinetuneConfig, output: Path) -> None:
             for stale in ("metrics.jsonl", "samples.json"):
                 (output / stale).unlink(missing_ok=True)
             shutil.rmtree(output / "tensorboard", ignore_errors=True)
-        values = {**to_dict(config), "output_dir": str(output), "resume": False}
+        values = {**to_dict(config), "resume": False}
         (output / "config.yaml").write_text(
             yaml.safe_dump(values, sort_keys=False), encoding="utf-8"
         )

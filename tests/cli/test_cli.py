@@ -83,12 +83,12 @@ def test_text_is_taken_as_it_was_written(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """YAML, which other values are read as, has its own meaning for all of these."""
-    import pyfast.cli
+    from pyfast.cli import program
 
     def take(command: str, values: dict[str, Any]) -> None:
         raise Took(values)
 
-    monkeypatch.setattr(pyfast.cli, "_run", take)
+    monkeypatch.setattr(program, "_call", take)
     file = tmp_path / "c.yaml"
     file.write_text("output_dir: another\ndataset: {eval_data: null}\n")
     flags = {"finetune": "output_dir", "generate": "prompt", "merge": "model"}
@@ -242,6 +242,36 @@ def test_unknown_or_shortened_flag_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("finetune --method loro", "method is 'loro'; it must be one of lora, qlora, sft"),
+        ("finetune --run.dtype=", "run.dtype is ''; it must be one of auto, bf16, fp32"),
+        ("convert --source a --output b --dtype q", "dtype is 'q'; it must be one of bf16, fp16, fp32"),
+        ("finetune --run.steps x", "run.steps is 'x'; it must be an integer"),
+        ("finetune --optimizer.lr x", "optimizer.lr is 'x'; it must be a number"),
+        ("finetune --optimizer.betas 5", "optimizer.betas is '5'; it must be a list of two numbers"),
+        ("finetune --resume 7", "resume is '7'; it must be true or false"),
+    ],
+)  # fmt: skip
+def test_value_of_another_type_is_told_in_words(
+    run: Run, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments.split())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {message}"
+
+
+def test_every_type_of_a_setting_has_words() -> None:
+    from pyfast.cli import program
+
+    for parser in program._parsers()[1].values():
+        for action in parser._actions:
+            if hasattr(action, "_typehint"):
+                assert program._allowed(action._typehint)
+
+
 def test_no_command_shows_them_all(run: Run) -> None:
     status, _, err = run()
     assert status == 2
@@ -271,16 +301,29 @@ def test_adapter_of_the_default_model_finds_it_on_any_machine(
     assert run("merge", *adapter, "--output", tmp_path / "merged")[0] == 0
 
 
-def test_adapter_names_the_model_as_it_was_given(
+def test_relative_paths_hold_in_another_directory(
     run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(base.parent)
-    output = tmp_path / "out"
-    arguments = ["--model", base.name, "--data", data, "--output_dir", output, "--run.steps", 1]
-    assert run("finetune", *arguments, *SMALL)[0] == 0
-    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == base.name
+    place = tmp_path / "place"
+    shutil.copytree(base, place / "base")
+    for file in ("train", "held"):
+        shutil.copyfile(data, place / f"{file}.jsonl")
+    monkeypatch.chdir(place)
+    split = ["--dataset.split_by", "prompt", "--dataset.eval_data", "held.jsonl"]
+    (place / "held.jsonl").write_text('{"input": "w70 w71", "output": "w3"}\n')
+    named = ["--model", "base", "--data", "train.jsonl", "--output_dir", "out", *split]
+    arguments = ["finetune", *named, "--run.steps", 1, *SMALL]
+    assert run(*arguments)[0] == 0
+    assert run(*arguments, "--resume", "true")[0] == 0  # by the names of the first time
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("finetune", "--config", "place/out/config.yaml", "--resume", "true")
+    assert status == 0
+    assert "1 of 1 steps are done" in out
+    adapter = place / "out" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(place / "base")
     assert config["task_type"] == "CAUSAL_LM"
+    assert run("generate", "--adapter", adapter, "--prompt", "w3", "--max_new_tokens", 1)[0] == 0
 
 
 @pytest.mark.parametrize("command", ["merge", "convert", "quantize"])
@@ -295,18 +338,6 @@ def test_failed_command_leaves_no_directory(run: Run, tmp_path: Path, command: s
     assert status == 2
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [source]
-
-
-def test_ctrl_c_outside_the_loop(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyfast.cli
-
-    def interrupt() -> None:
-        """Stands for a command that is stopped while it loads."""
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(pyfast.cli._COMMANDS, "info", interrupt)
-    status, _, err = run("info")
-    assert (status, err) == (130, "Interrupted.\n")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.cli.conftest import SMALL, Run
@@ -122,6 +122,47 @@ def test_stored_4_bit_model_with_another_config(run: Run, base: Path, tmp_path: 
     assert err.startswith("ConfigError [PF018] cannot load the model")
     assert "size mismatch for model.embed_tokens.weight" in err
     assert err.count("\n") == 1
+
+
+HOLDS = "' holds 9 weights more than its config.json asks for (first: model.layers.1.input"
+LACKS = "' lacks 9 weights of LlamaForCausalLM (first: model.layers.2.input_layernorm.weight)."
+
+
+@pytest.mark.parametrize(
+    ("layers", "command", "message"),
+    [
+        (1, ["generate", "--prompt", "w1", "--model"], HOLDS),
+        (1, ["convert", "--output", "new", "--source"], HOLDS),
+        (3, ["convert", "--output", "new", "--source"], LACKS),
+    ],
+)
+def test_stored_4_bit_model_with_another_number_of_layers(
+    run: Run,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    layers: int,
+    command: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quantized = tmp_path / "q"
+    assert run("quantize", "--model", base, "--output", quantized)[0] == 0
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    status, _, err = run(*command, quantized)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_stored_4_bit_model_with_constants_of_older_files(
+    run: Run, base: Path, tmp_path: Path
+) -> None:
+    assert run("quantize", "--model", base, "--output", tmp_path / "q")[0] == 0
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    save_file({name: torch.ones(8) for name in names}, tmp_path / "q" / "more.safetensors")
+    assert run("convert", "--source", tmp_path / "q", "--output", tmp_path / "d")[0] == 0
 
 
 def test_forgotten_nf4_is_noted(run: Run, base: Path, data: Path, tmp_path: Path) -> None:

@@ -43,12 +43,18 @@ def theirs(model):
     return model
 
 
+def whole(model):
+    config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head", "layernorm"])
+    return randomise(pyfast.apply(model, config))
+
+
 MODELS = {
     "ours": lambda: randomise(pyfast.apply(llama(), LoraConfig(target_modules="all-linear"))),
     "two": lambda: two(llama()),
     "nf4": lambda: randomise(
         pyfast.apply(pyfast.quantize(llama()), LoraConfig(target_modules="all-linear"))
     ),
+    "saved": lambda: whole(llama()),
     "peft": lambda: theirs(llama()),
 }
 
@@ -64,6 +70,30 @@ def test_offloaded_after_the_adapters(kind, offload):
     assert torch.allclose(logits(model), expected, atol=1e-5)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_hooks_of_a_wrapper_are_not_those_of_the_module_inside():
+    model, seen = MODELS["saved"](), []
+    expected = logits(model)
+    wrapper = model.lm_head
+
+    class Watching(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    accelerate.hooks.add_hook_to_module(wrapper.current(), Watching())
+    assert not hasattr(wrapper, "_hf_hook")
+    accelerate.hooks.add_hook_to_module(wrapper, Watching(), append=True)
+    assert torch.equal(logits(model), expected)
+    assert seen == [wrapper, wrapper.current()]
+    accelerate.hooks.remove_hook_from_module(wrapper)
+    assert torch.equal(logits(model), expected)
+    assert seen[2:] == [wrapper.current()]
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(logits(model), expected)
+    assert len(seen) == 3
+    assert not any("_hf_hook" in vars(m) or "_old_forward" in vars(m) for m in model.modules())
 
 
 def test_hooks_on_an_adapter_run():

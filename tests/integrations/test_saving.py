@@ -2,6 +2,7 @@
 """Saving an adapter when it is interrupted, when a link lies in wait, and from several threads."""
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def test_threads_that_save_to_one_directory(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
     loaded = logits(pyfast.load_adapter(llama(), tmp_path))
     assert any(torch.equal(loaded, logits(model)) for model in models)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        pyfast.save_adapter(adapted(8), tmp_path / "new")
+        (tmp_path / "ordinary").touch()
+    finally:
+        os.umask(before)
+    expected = (tmp_path / "ordinary").stat().st_mode
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "new").iterdir()}
+    assert modes == {CONFIG: expected, WEIGHTS: expected}
 
 
 def test_a_failed_save_leaves_no_temporaries(tmp_path, monkeypatch):

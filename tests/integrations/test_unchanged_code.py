@@ -4,6 +4,7 @@
 import copy
 import io
 import pickle
+import shutil
 
 import accelerate
 import datasets
@@ -108,6 +109,20 @@ def test_trainer_resumes(tmp_path):
     assert losses(again) == losses(whole)
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def test_a_copied_checkpoint_holds_the_adapter_once(tmp_path):
+    whole = trainer(pair()[0], tmp_path / "run")
+    whole.train()
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "checkpoint-2", symlinks=True)
+    shutil.rmtree(tmp_path / "run")
+    stored = [
+        p.name for p in (tmp_path / "checkpoint-2").glob("*.safetensors") if not p.is_symlink()
+    ]
+    assert stored == ["adapter_model.safetensors"]
+    again = trainer(pair()[0], tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(again) == losses(whole)
 
 
 def test_trainer_restores_the_best_model(tmp_path):

@@ -27,24 +27,24 @@ def trained():
     return model
 
 
-def fail_at(monkeypatch, owner, name, call):
+def fail_at(monkeypatch, owner, name, call, error=torch.OutOfMemoryError):
     """Let the given call of a function run out of memory, the earlier ones work."""
     original, calls = getattr(owner, name), []
 
     def failing(*args, **kwargs):
         calls.append(1)
         if len(calls) == call:
-            raise torch.OutOfMemoryError(f"call {call}")
+            raise error(f"call {call}")
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, failing)
     return calls
 
 
-def assert_unchanged(model, call, monkeypatch):
+def assert_unchanged(model, call, monkeypatch, error=torch.OutOfMemoryError):
     before, expected = fingerprint(model), logits(model)
     objects = [id(module) for module in model.modules()]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error):
         call()
     monkeypatch.undo()
     assert fingerprint(model) == before
@@ -82,31 +82,85 @@ def test_loading_that_fails_while_values_are_copied(make, call, monkeypatch, tmp
     pyfast.load_adapter(model, tmp_path, adapter_name="new")
 
 
-def test_each_dense_weight_is_freed_when_its_layer_is_quantised(monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("call", [1, 2, 6, 15])  # one layer is tried before all fourteen
+def test_quantize_that_is_interrupted(error, call, monkeypatch):
     model = llama()
-    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    del linears["lm_head"]
-    weights = [weakref.ref(module.weight) for module in linears.values()]
-    count, linears = len(linears), None
-    alive, convert = [], NF4Linear.from_weight
+    fail_at(monkeypatch, NF4Linear, "from_weight", call, error)
+    assert_unchanged(model, lambda: pyfast.quantize(model), monkeypatch, error)
+    assert fingerprint(pyfast.quantize(model)) == fingerprint(pyfast.quantize(llama()))
 
-    def counting(weight, **options):
-        alive.append(sum(ref() is not None for ref in weights))
+
+class Memory:
+    """A device that holds the dense weights of a model and NF4 weights of so many layers more."""
+
+    def __init__(self, monkeypatch, model, layers):
+        linears = [m for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+        self.weights = [weakref.ref(module.weight) for module in linears]
+        self.full, self.peak = len(linears) + layers / 4, 0
+        self.made, self.convert = weakref.WeakSet(), NF4Linear.from_weight
+        monkeypatch.setattr(NF4Linear, "from_weight", self.quantise)
+
+    def dense(self):
+        return sum(ref() is not None for ref in self.weights)
+
+    def quantise(self, weight, **options):
+        now = self.dense() + (len(self.made) + 1) / 4
+        if now > self.full:
+            raise torch.OutOfMemoryError
+        self.peak = max(self.peak, now)
+        layer = self.convert(weight, **options)
+        self.made.add(layer)
+        return layer
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 14])
+def test_quantize_wherever_the_dense_model_fits(layers, monkeypatch):
+    model, whole = llama(), pyfast.quantize(llama())
+    memory = Memory(monkeypatch, model, layers)
+    pyfast.quantize(model)
+    assert fingerprint(model) == fingerprint(whole)
+    assert memory.dense() == 1  # lm_head
+    assert memory.peak == memory.full
+
+
+def test_quantize_where_no_layer_fits(monkeypatch):
+    model = llama()
+    Memory(monkeypatch, model, 0)
+    assert_unchanged(model, lambda: pyfast.quantize(model), monkeypatch)
+
+
+def test_the_largest_layer_is_tried_first(monkeypatch):
+    model, tried, convert = llama(), [], NF4Linear.from_weight
+
+    def trying(weight, **options):
+        tried.append(weight)
         return convert(weight, **options)
 
-    monkeypatch.setattr(NF4Linear, "from_weight", counting)
+    monkeypatch.setattr(NF4Linear, "from_weight", trying)
+    largest = max(m.weight.numel() for p, m in model.named_modules() if p.endswith("_proj"))
     pyfast.quantize(model)
-    assert alive == list(range(count, 0, -1))
+    assert tried[0].dense().numel() == largest
 
 
-def test_an_interrupted_quantize_says_so_and_goes_on_when_called_again(monkeypatch):
+def test_quantize_that_is_interrupted_without_memory_to_undo_it(monkeypatch):
     model, whole = llama(), pyfast.quantize(llama())
-    fail_at(monkeypatch, NF4Linear, "from_weight", 4)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
+    memory = Memory(monkeypatch, model, 3)
+    quantise = memory.quantise
+
+    def interrupted(weight, **options):
+        if len(memory.made) == 5:
+            raise KeyboardInterrupt
+        return quantise(weight, **options)
+
+    monkeypatch.setattr(NF4Linear, "from_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
         pyfast.quantize(model)
     assert caught.value.__notes__ == [
-        "quantize: 3 of 14 linear layers are NF4 now; the same call again goes on with the others"
+        "quantize: 3 of 14 linear layers are NF4 now, since there was no memory to keep their dense weights; "
+        "the same call again goes on with the others"
     ]
+    assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 3
     monkeypatch.undo()
     pyfast.quantize(model)
     assert fingerprint(model) == fingerprint(whole)

@@ -121,7 +121,10 @@ def test_small_products_go_through_torch():
     x, w, a, b, dy = operands(16, 64, 64, 8, torch.bfloat16, torch.bfloat16, True)
     with ops.recorded_kernels() as ran:
         ops.lora_linear(x, w, a, b, scale=SCALE).backward(dy)
-    assert [name for _, name in ran] == ["lora_linear_skinny"] * 2
+    names = [name for _, name in ran]
+    why = "torch's GEMM is faster for 16 rows, 64 to 64 features" if SM90 else ""
+    assert len(names) == 2
+    assert all(name.startswith(f"lora_linear_skinny ({why}") for name in names), names
 
 
 @pytest.mark.parametrize(

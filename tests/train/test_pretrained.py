@@ -19,12 +19,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from pyfast.errors import ConfigError
 from pyfast.train import pretrained
 from pyfast.train.pretrained import load_pretrained
-from tests.models import gpt2, logits
+from tests.models import VOCAB, gpt2, llama, logits
 
 
 def load(source: str) -> Any:
@@ -156,12 +157,13 @@ def test_cached_model_trains_without_hub_and_peers(
     assert config["base_model_name_or_path"] == "me/tiny"
 
 
-def changed(source: Path, target: Path, drop: str = "", **config: Any) -> str:
-    """A copy of a model without the weights that begin with `drop`, and with other config values."""
+def changed(source: Path, target: Path, drop: str = "", add: str = "", **config: Any) -> str:
+    """A copy of a model without the weights that begin with `drop`, with others, and another config."""
     shutil.copytree(source, target)
-    if drop:
+    if drop or add:
         tensors = load_file(target / "model.safetensors")
-        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(drop)}
+        kept = {n: tensor for n, tensor in tensors.items() if not drop or not n.startswith(drop)}
+        kept |= {name: torch.zeros(2) for name in add.split()}
         save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(values | config))
@@ -181,6 +183,15 @@ def changed(source: Path, target: Path, drop: str = "", **config: Any) -> str:
             r"21 weights .* have other shapes .*lm_head\.weight, \[272, 32\] for",
         ),
         ({"vocab_size": 300}, r"\[272, 32\] for \[300, 32\]\)\. Fix: the config\.json"),
+        (
+            {"num_hidden_layers": 1},
+            r"holds 9 weights more than its config\.json asks for \(first: model\.layers\.1\.input_layern",
+        ),
+        ({"add": "model.layers.0.self_attn.q_proj.bias"}, r"holds 1 weights more .*q_proj\.bias\)"),
+        (
+            {"add": "lm_head.bias"},
+            r"holds 1 weights more .*\(first: lm_head\.bias\)\. Fix: the conf",
+        ),
         ({"num_attention_heads": 0}, "cannot load the model .*modulo by zero"),
         ({"hidden_size": "x"}, "'hidden_size': .*expected int, got str"),
     ],
@@ -199,6 +210,56 @@ def test_tied_weights_are_not_missing(tmp_path: Path, byte_tokenizer: Any) -> No
     byte_tokenizer().save_pretrained(tmp_path)
     model, _ = load(str(tmp_path))
     assert torch.equal(logits(model), logits(gpt2()))
+
+
+ATTENTION = "transformer.h.0.attn.attention"
+
+
+def gpt_neo() -> Any:
+    """A GPT-Neo whose class names none of the constants that its older files hold."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "num_layers": 2, "num_heads": 4}
+    kinds = {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    return transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes, **kinds)).eval()
+
+
+def llama_with_equal_ends() -> Any:
+    model = llama()
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (llama, {"add": "model.layers.0.self_attn.rotary_emb.inv_freq model.rotary_emb.inv_freq"}),
+        (
+            llama,
+            {"add": "v_head.summary.weight model.visual.patch.weight mtp.layers.0.norm.weight"},
+        ),
+        (llama_with_equal_ends, {"tie_word_embeddings": True}),
+        (gpt2, {"add": "transformer.h.0.attn.bias transformer.h.0.attn.masked_bias"}),
+        (gpt_neo, {"add": f"{ATTENTION}.bias {ATTENTION}.masked_bias"}),
+    ],
+)
+def test_tensors_that_change_no_output_are_passed_over(
+    tmp_path: Path, byte_tokenizer: Any, make: Any, changes: dict[str, Any]
+) -> None:
+    """Constants of older files, parts that the class does not have, a tied weight stored twice."""
+    model = make()
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    loaded, _ = load(changed(tmp_path / "m", tmp_path / "more", **changes))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_layers_beyond_the_last_one_of_a_bare_base_model(
+    tmp_path: Path, byte_tokenizer: Any
+) -> None:
+    gpt2().transformer.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"holds 11 weights more .*\(first: h\.1\."):
+        load(changed(tmp_path / "m", tmp_path / "short", n_layer=1))
 
 
 def test_damaged_weights_are_told(tiny_model: Path, tmp_path: Path) -> None:

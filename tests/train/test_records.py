@@ -44,6 +44,16 @@ def test_three_forms_are_told_apart_per_file(tmp_path: Path) -> None:
     assert records[2].prompt == "s\nq"
 
 
+def test_fields_of_another_form_that_is_not_whole_are_passed_over(tmp_path: Path) -> None:
+    """As in data sets whose chats repeat their question, or have an empty column for each form."""
+    answer = {"role": "assistant", "content": "a"}
+    row = {"messages": [{"role": "user", "content": "q"}, answer], "prompt": "q"}
+    rows = [row, row | {"completion": None}, row | {"input": "q"}]
+    file = write(tmp_path / "chat.jsonl", *map(json.dumps, rows))
+    records = read_records([file], DatasetOptions(deduplicate=False)).records
+    assert [record.turns for record in records] == [(("user", "q"), ("assistant", "a"))] * 3
+
+
 def test_bytes_survive_unchanged(tmp_path: Path) -> None:
     """Line separators other than newline, a byte-order mark and carriage returns are no line ends."""
     text = "a\u2028b\u0085c\x0b d \U0001f600"
@@ -135,6 +145,12 @@ BAD = [
     (f'{{"prompt": {"9" * 5000}, "completion": "c"}}', 12, "an integer has more than 4,300 digits"),
     (f'{{"prompt": "p", "completion": "c", "n": {"9" * 5000}}}', 41, "more than 4,300 digits"),
     (b'{"prompt": "\xed\xa0\x80", "completion": "c"}', 13, "byte 0xed is not UTF-8"),
+    (
+        '{"prompt": "p", "completion": "c", "messages": []}',
+        1,
+        "holds prompt/completion and messages;",
+    ),
+    ('{"prompt": "p", "completion": "c", "input": "i", "output": "o"}', 1, "and input/output;"),
 ]
 
 
