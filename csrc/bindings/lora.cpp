@@ -94,12 +94,13 @@ std::pair<std::string, std::string> gemm_name(int device, std::int64_t m, std::i
 
 void gemm(int device, Address stream, int dtype, bool by_out, std::int64_t m, std::int64_t n,
           std::int64_t k, std::int64_t r, Address x, Address w, Address z, Address b,
-          std::int64_t pitch_r, Address bias, Address y, int kernel, int swizzle, bool along_n) {
+          std::int64_t pitch_r, Address bias, Address y, int kernel, int swizzle, bool along_n,
+          int blocks, Address q, Address workspace, Address counters) {
   lora::GemmArgs args{.dtype = static_cast<DType>(dtype),
                       .by_out = by_out,
                       .x = pointer<const void>(x),
                       .w = pointer<const void>(w),
-                      .z = pointer<const void>(z),
+                      .z = pointer<void>(z),
                       .b = pointer<const void>(b),
                       .bias = pointer<const void>(bias),
                       .y = pointer<void>(y),
@@ -111,8 +112,13 @@ void gemm(int device, Address stream, int dtype, bool by_out, std::int64_t m, st
                       .m = static_cast<int>(m),
                       .n = static_cast<int>(n),
                       .k = static_cast<int>(k),
-                      .r = static_cast<int>(r)};
-  lora::gemm(args, {kernel, swizzle, along_n}, {device, 1, pointer<void>(stream)});
+                      .r = static_cast<int>(r),
+                      .mask = {},
+                      .making = {.q = pointer<const void>(q),
+                                 .pitch_q = by_out ? k : pitch_r,
+                                 .partials = pointer<float>(workspace),
+                                 .counters = pointer<unsigned>(counters)}};
+  lora::gemm(args, {kernel, swizzle, along_n, blocks}, {device, 1, pointer<void>(stream)});
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernels make a LoRA linear, and in which order they are launched.
 #include <algorithm>
-#include <type_traits>
 
 #include "common/check.h"
 #include "common/launch.h"
@@ -99,6 +98,13 @@ class Factors {
   int count_ = 0;
 };
 
+const char* advance(const void* pointer, std::int64_t elements, DType dtype) {
+  return static_cast<const char*>(pointer) + elements * (dtype == DType::f32 ? 4 : 2);
+}
+char* advance(void* pointer, std::int64_t elements, DType dtype) {
+  return static_cast<char*>(pointer) + elements * (dtype == DType::f32 ? 4 : 2);
+}
+
 // The common part of the products that contract with, or give, R.
 SkinnyArgs skinny(const Problem& problem, const void* t, std::int64_t pitch, std::int64_t cols) {
   SkinnyArgs args;
@@ -121,22 +127,18 @@ void add_dropout(const Problem& problem, SkinnyArgs* args) {
 // Launches the product for each part of at most `step` ranks; the parts follow one another.
 void by_rank(SkinnyArgs args, std::int64_t rank, int step, Order order, int sm_count,
              void* stream) {
-  const auto advance = [](auto* pointer, std::int64_t elements, DType dtype) {
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(pointer)>>,
-                                    const char, char>;
-    if (pointer == nullptr) return pointer;
-    return static_cast<decltype(pointer)>(static_cast<Byte*>(pointer) +
-                                          elements * (dtype == DType::f32 ? 4 : 2));
-  };
   auto* launch = args.dtype == DType::bf16 ? launch_skinny_bf16 : launch_skinny_f16;
   for (std::int64_t at = 0; at < rank; at += step) {
     args.rank = static_cast<int>(std::min<std::int64_t>(step, rank - at));
     launch(args, order, sm_count, stream);
     order = Order::kAlone;
-    args.u = advance(args.u, args.u_by_rank ? step * args.pitch_u : step, args.dtype);
-    args.p = advance(args.p, step, args.dtype);
-    args.v = advance(args.v, step, args.dtype);
-    args.q = advance(args.q, args.q_by_rank ? step * args.pitch_q : step, args.dtype_q);
+    if (args.u != nullptr) {
+      args.u = advance(args.u, args.u_by_rank ? step * args.pitch_u : step, args.dtype);
+      args.p = advance(args.p, step, args.dtype);
+    } else {
+      args.v = advance(args.v, step, args.dtype);
+      args.q = advance(args.q, args.q_by_rank ? step * args.pitch_q : step, args.dtype_q);
+    }
   }
 }
 
@@ -153,6 +155,7 @@ std::int64_t most_partials(const Problem& problem, int sm_count) {
   consider(problem.n, true, false);
   consider(problem.n, false, false);
   consider(problem.k, false, false);
+  if (problem.r <= 64) most = std::max(most, making_workspace(problem.m, problem.r));
   return most;
 }
 
@@ -171,8 +174,6 @@ GemmArgs gemm_args(const Problem& problem, bool transposed) {
   return args;
 }
 
-GemmPlan plan_of(const GemmArgs& args) { return plan_gemm(args.by_out, args.m, args.n, args.k); }
-
 void launch_gemm([[maybe_unused]] const GemmArgs& args, [[maybe_unused]] const GemmPlan& plan,
                  [[maybe_unused]] int sm_count, [[maybe_unused]] bool early,
                  [[maybe_unused]] void* stream) {
@@ -184,6 +185,29 @@ void launch_gemm([[maybe_unused]] const GemmArgs& args, [[maybe_unused]] const G
 #else
   PYFAST_CHECK(false, kOp, ": this build has no kernels for sm_90a");
 #endif
+}
+
+// The GEMM, which makes z for itself where `making` says so; else z comes from the kernel before.
+std::string_view launch_product(const GemmArgs& args, const MakingPlan& making, int sm_count,
+                                void* stream) {
+  GemmPlan plan = plan_gemm(args.by_out, args.m, args.n, args.k);
+  if (args.mask.seed != nullptr) plan.kernel = kGemmMasked;
+  if (making.columns == 0) {
+    launch_gemm(args, plan, sm_count, true, stream);
+    return kGemmNames[plan.kernel];
+  }
+  GemmArgs first = args, rest = args;
+  first.n = static_cast<int>(making.columns);
+  launch_gemm(first, making.gemm, sm_count, false, stream);
+  rest.n -= first.n;
+  if (rest.n > 0) {
+    rest.w = advance(args.w, first.n * (args.by_out ? args.pitch_w : 1), args.dtype);
+    rest.b = advance(args.b, first.n * (args.by_out ? args.pitch_b : 1), args.dtype);
+    rest.y = advance(args.y, first.n, args.dtype);
+    if (args.bias != nullptr) rest.bias = advance(args.bias, first.n, args.dtype);
+    launch_gemm(rest, plan, sm_count, true, stream);
+  }
+  return kGemmNames[making.gemm.kernel];
 }
 
 #endif
@@ -240,32 +264,39 @@ std::string_view forward(const Forward& params, const Placement& place) {
   Arena arena(params.workspace);
   void* partials = arena.take(most_partials(params, sm_count));
 
+  GemmArgs gemm = gemm_args(params, false);
+  MakingPlan making;  // where the GEMM makes z
+  if (params.w != nullptr && params.seed == nullptr) {
+    making = plan_making(gemm.m, gemm.n, gemm.k, gemm.r, sm_count);
+  }
+  const bool makes = making.columns > 0;
   Factors factors(params, arena);
-  const Factor a = factors.take(params.a, params.r, params.k, false);
+  const Factor a = factors.take(params.a, params.r, params.k, makes && !params.by_out);
   Factor b;
   if (params.w != nullptr) b = factors.take(params.b, params.n, params.r, !params.by_out);
   const Order order = factors.launch(place.stream);
 
-  SkinnyArgs z = skinny(params, params.x, params.pitch_x, params.k);
-  z.scale = params.scale;
-  z.u = a.data;
-  z.pitch_u = a.pitch;
-  z.u_by_rank = true;
-  z.p = params.z;
-  z.partials = static_cast<float*>(partials);
-  if (params.seed != nullptr) add_dropout(params, &z);
-  by_rank(z, params.r, kSkinnyRank, order, sm_count, place.stream);
+  if (makes) {
+    gemm.making = {a.data, a.pitch, params.scale, static_cast<float*>(partials), params.counters};
+  } else {
+    SkinnyArgs z = skinny(params, params.x, params.pitch_x, params.k);
+    z.scale = params.scale;
+    z.u = a.data;
+    z.pitch_u = a.pitch;
+    z.u_by_rank = true;
+    z.p = params.z;
+    z.partials = static_cast<float*>(partials);
+    if (params.seed != nullptr) add_dropout(params, &z);
+    by_rank(z, params.r, kSkinnyRank, order, sm_count, place.stream);
+  }
   if (params.w == nullptr) return {};
 
-  GemmArgs gemm = gemm_args(params, false);
   gemm.x = params.x, gemm.pitch_x = params.pitch_x;
   gemm.z = params.z;
   gemm.b = b.data, gemm.pitch_b = b.pitch;
   gemm.bias = params.bias;
   gemm.y = params.y;
-  const GemmPlan plan = plan_of(gemm);
-  launch_gemm(gemm, plan, sm_count, true, place.stream);
-  return kGemmNames[plan.kernel];
+  return launch_product(gemm, making, sm_count, place.stream);
 }
 
 std::string_view backward(const Backward& params, const Placement& place) {
@@ -281,9 +312,18 @@ std::string_view backward(const Backward& params, const Placement& place) {
   void* partials_db = arena.take(most_partials(params, sm_count));
   void* partials_da = arena.take(most_partials(params, sm_count));
 
+  GemmArgs gemm = gemm_args(params, true);
+  if (params.seed != nullptr) {
+    gemm.mask = {params.seed, params.threshold, keep_scale(params.threshold)};
+  }
+  MakingPlan making;  // where the GEMM makes dz
+  if (gemm_runs && params.seed == nullptr) {
+    making = plan_making(gemm.m, gemm.n, gemm.k, gemm.r, sm_count);
+  }
+  const bool makes = making.columns > 0;
   Factors factors(params, arena);
   Factor a, b;
-  if (want_dz) b = factors.take(params.b, params.n, params.r, false);
+  if (want_dz) b = factors.take(params.b, params.n, params.r, makes && !params.by_out);
   if (gemm_runs) a = factors.take(params.a, params.r, params.k, !params.by_out);
   Order order = factors.launch(place.stream);
 
@@ -302,22 +342,17 @@ std::string_view backward(const Backward& params, const Placement& place) {
   db.dtype_q = params.adapter_dtype;
   std::string_view name;
   if (gemm_runs) {
-    GemmArgs gemm = gemm_args(params, true);
     gemm.x = params.dy, gemm.pitch_x = params.pitch_dy;
     gemm.z = params.dz;
     gemm.b = a.data, gemm.pitch_b = a.pitch;
     gemm.y = params.dx;
-    GemmPlan plan = plan_of(gemm);
-    if (params.seed != nullptr) {
-      plan.kernel = kGemmMasked;
-      gemm.seed = params.seed;
-      gemm.threshold = params.threshold;
-      gemm.keep_scale = keep_scale(params.threshold);
+    if (makes) {
+      gemm.making = {b.data, b.pitch, params.scale, dz.partials, params.counters};
+    } else {
+      by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
     }
-    by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
-    launch_gemm(gemm, plan, sm_count, true, place.stream);
-    name = kGemmNames[plan.kernel];
-    order = Order::kBeside;  // what follows fills the SMs that the GEMM's last tiles leave
+    name = launch_product(gemm, making, sm_count, place.stream);
+    order = Order::kBeside;  // on SMs that the GEMM leaves free
   } else if (want_dz) {
     by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
     order = Order::kAlone;
@@ -326,6 +361,8 @@ std::string_view backward(const Backward& params, const Placement& place) {
     by_rank(db, params.r, kSkinnyRank, order, sm_count, place.stream);
     if (params.r > kSkinnyRank) order = Order::kAlone;
   }
+  // The last GEMM began when dz was there, unless it is the one that makes it.
+  if (making.columns == gemm.n) order = Order::kAfter;
   if (params.da != nullptr) {
     SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
     da.counters += kCountersDa;

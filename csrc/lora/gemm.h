@@ -9,6 +9,22 @@
 
 namespace pyfast::lora {
 
+// Dropout of a low-rank product, with the mask of common/philox.h; no seed: none.
+struct Mask {
+  const std::int64_t* seed = nullptr;
+  std::uint32_t threshold = 0;
+  float scale = 1.0F;  // of what is kept
+};
+
+// With Q, stored like W and B, a GEMM makes z itself: z = scale x Q^T.
+struct Making {
+  const void* q = nullptr;
+  std::int64_t pitch_q = 0;
+  float scale = 1.0F;
+  float* partials = nullptr;     // making_workspace() bytes
+  unsigned* counters = nullptr;  // two for 128 rows, zero before and after
+};
+
 // y[M, N] = x[M, K] W^T + z[M, R] B^T + bias[N], all of one 2-byte type, sums in float32. W and B
 // are stored by out feature ([N, K], [N, R]) or by in feature ([K, N], [R, N]), both the same way.
 // Pitches in elements, multiples of 8; pointers on 16 bytes. R = 0 leaves z and B out.
@@ -17,16 +33,14 @@ struct GemmArgs {
   bool by_out = true;
   const void* x = nullptr;
   const void* w = nullptr;
-  const void* z = nullptr;
+  void* z = nullptr;
   const void* b = nullptr;
   const void* bias = nullptr;
   void* y = nullptr;
   std::int64_t pitch_x = 0, pitch_w = 0, pitch_z = 0, pitch_b = 0, pitch_y = 0;
   int m = 0, n = 0, k = 0, r = 0;
-  // With a seed: z B^T is dropped by common/philox.h's mask, what is kept is scaled.
-  const std::int64_t* seed = nullptr;
-  std::uint32_t threshold = 0;
-  float keep_scale = 1.0F;
+  Mask mask;      // of z B^T; needs a plan with a kernel for it
+  Making making;  // the same
 };
 
 // Which kernel, and in which order it walks over the tiles of y.
@@ -34,18 +48,31 @@ struct GemmPlan {
   int kernel = -1;  // index into kGemmNames; -1: the library's GEMM is the better one
   int swizzle = 1;
   bool along_n = false;
+  int blocks = 0;  // of the grid; 0: as many as there are SMs
 };
 
-// Tile, schedule, cluster; "wide": the epilogue stores 64 columns at a time, not 32.
+// Tile, schedule, cluster; what the last three are for: a mask, and making z of up to 16 or 64
+// ranks.
 inline constexpr std::string_view kGemmNames[] = {
-    "gemm_sm90_128x256_cooperative_2x1_wide",
-    "gemm_sm90_128x256_cooperative_2x1",
-    "gemm_sm90_128x128_pingpong_1x2",
-    "gemm_sm90_128x256_cooperative_2x1_masked",
+    "gemm_sm90_128x256_cooperative_2x1",           "gemm_sm90_128x128_pingpong_1x2",
+    "gemm_sm90_128x256_cooperative_2x1_masked",    "gemm_sm90_128x256_cooperative_2x1_making_16",
+    "gemm_sm90_128x256_cooperative_2x1_making_64",
 };
-inline constexpr int kGemmMasked = 3;  // the one that takes a mask, and only with one
+inline constexpr int kGemmMasked = 2, kGemmMaking16 = 3, kGemmMaking64 = 4;
 
 // The measured plan of the nearest shape in gemm_plans.inc.
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k);
+
+// A plan for the first `columns` of y with a kernel that makes z; 0: better made by a pass of its
+// own.
+struct MakingPlan {
+  GemmPlan gemm;
+  std::int64_t columns = 0;
+};
+MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
+                       int sm_count);
+std::int64_t making_workspace(std::int64_t m, std::int64_t r);
+// Parts of z that the blocks of a row of tiles make at most; half as many where they are few.
+inline constexpr int kMakingSlices = 16;
 
 }  // namespace pyfast::lora

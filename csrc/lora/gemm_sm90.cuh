@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <cutlass/cutlass.h>
 
+#include <algorithm>
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
@@ -14,18 +15,41 @@
 
 #include "common/check.h"
 #include "lora/kernels.h"
+#include "lora/makes_z.cuh"
 #include "lora/two_pairs.cuh"
 
 namespace pyfast::lora {
 
+enum class Kind { kPlain, kMasked, kMaking16, kMaking64 };
+
+template <class Stock, Kind kKind>
+struct MainloopOf {
+  using type = TwoPairs<Stock>;
+};
+template <class Stock>
+struct MainloopOf<Stock, Kind::kMasked> {
+  using type = MaskedTwoPairs<Stock>;
+};
+template <class Stock>
+struct MainloopOf<Stock, Kind::kMaking16> {
+  using type = MakesZ<Stock, 16>;
+};
+template <class Stock>
+struct MainloopOf<Stock, Kind::kMaking64> {
+  using type = MakesZ<Stock, 64>;
+};
+
 // One kernel of the family. kByOut: W is stored [N, K] and B [N, R]; else [K, N] and [R, N].
 template <class Element, bool kByOut, class Tile, class Cluster, class Schedule,
-          class EpilogueSchedule, class EpilogueTile, bool kMasked>
+          class EpilogueSchedule, class EpilogueTile, Kind kKind>
 struct GemmSm90 {
   using LayoutW =
       std::conditional_t<kByOut, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
   using Row = cutlass::layout::RowMajor;
   static constexpr int kAlign = 8;
+  static constexpr int kM = cute::size<0>(Tile{}), kN = cute::size<1>(Tile{});
+  static constexpr int kMakingRank =
+      kKind == Kind::kMaking16 ? 16 : (kKind == Kind::kMaking64 ? 64 : 0);
 
   using Fusion = cutlass::epilogue::fusion::LinCombPerColBias<Element, float, Element, void>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -35,9 +59,10 @@ struct GemmSm90 {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, Row, kAlign, Element, LayoutW,
       kAlign, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-          sizeof(typename Epilogue::SharedStorage))>,
+          sizeof(typename Epilogue::SharedStorage) + kMakingRank * 64 * 2 +
+          (kMakingRank > 0 ? kMakingSlices * 512 : 0))>,
       Schedule>::CollectiveOp;
-  using Mainloop = std::conditional_t<kMasked, MaskedTwoPairs<Stock>, TwoPairs<Stock>>;
+  using Mainloop = typename MainloopOf<Stock, kKind>::type;
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 
@@ -53,8 +78,8 @@ struct GemmSm90 {
         return StrideW{cute::Int<1>{}, pitch, std::int64_t{0}};
       }
     };
-    const auto tiles = [](int size) { return (size + Mainloop::kTileK - 1) / Mainloop::kTileK; };
-    const int extended = Mainloop::kTileK * (tiles(args.k) + tiles(args.r));
+    const auto steps = [](int size) { return (size + Mainloop::kTileK - 1) / Mainloop::kTileK; };
+    const int extended = Mainloop::kTileK * (steps(args.k) + steps(args.r));
 
     typename Kernel::Arguments arguments{};
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -68,20 +93,29 @@ struct GemmSm90 {
     arguments.mainloop.k = args.k;
     arguments.mainloop.r = args.r;
     arguments.mainloop.wait_for_low_rank = early;
-    if constexpr (kMasked) {
-      arguments.mainloop.mask = {args.seed, args.threshold, args.keep_scale};
+    if constexpr (kKind == Kind::kMasked) {
+      arguments.mainloop.mask = args.mask;
+    } else if constexpr (kMakingRank > 0) {
+      arguments.mainloop.making = args.making;
+      arguments.mainloop.z = args.z;
+      arguments.mainloop.pitch_z = args.pitch_z;
     }
     arguments.epilogue.thread.alpha = 1.0F;
     arguments.epilogue.thread.bias_ptr = static_cast<const Element*>(args.bias);
     arguments.epilogue.ptr_D = static_cast<Element*>(args.y);
     arguments.epilogue.dD = StrideY{args.pitch_y, cute::Int<1>{}, std::int64_t{0}};
-    arguments.hw_info.sm_count = sm_count;
+    // No more blocks than the waves need: what runs beside gets the SMs that are left.
+    const std::int64_t tiles =
+        static_cast<std::int64_t>((args.m + kM - 1) / kM) * ((args.n + kN - 1) / kN);
+    const std::int64_t waves = (tiles + sm_count - 1) / sm_count;
+    const auto blocks = static_cast<int>(((tiles + waves - 1) / waves + 1) / 2 * 2);
+    arguments.hw_info.sm_count = plan.blocks > 0 ? plan.blocks : std::min(sm_count, blocks);
     arguments.scheduler.max_swizzle_size = plan.swizzle;
     using Raster = typename Kernel::TileScheduler::RasterOrderOptions;
     arguments.scheduler.raster_order = plan.along_n ? Raster::AlongN : Raster::AlongM;
 
     auto params = Kernel::to_underlying_arguments(arguments, nullptr);
-    if constexpr (kMasked) params.mainloop.scheduler = params.scheduler;
+    if constexpr (kKind != Kind::kPlain) params.mainloop.scheduler = params.scheduler;
     auto* kernel = &cutlass::device_kernel<Kernel>;
     constexpr int kShared = Kernel::SharedStorageSize;
     static const cudaError_t raised =
@@ -96,10 +130,18 @@ struct GemmSm90 {
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.attrs = attributes;
-    config.numAttrs = early ? 2 : 1;
+    config.numAttrs = 1;
+    if constexpr (kMakingRank > 0) {
+      // Blocks wait for one another: all of them must run, whatever else runs on the device.
+      attributes[1].id = cudaLaunchAttributeCooperative;
+      attributes[1].val.cooperative = 1;
+      config.numAttrs = 2;
+    } else if (early) {
+      attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[1].val.programmaticStreamSerializationAllowed = 1;
+      config.numAttrs = 2;
+    }
     CUDA_CHECK("lora_linear", cudaLaunchKernelEx(&config, kernel, params));
   }
 };
@@ -109,32 +151,36 @@ using Pingpong = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
 using cutlass::epilogue::collective::EpilogueTileAuto;
 
 template <class Element, bool kByOut, int kM, int kN, int kClusterM, int kClusterN, class Schedule,
-          class EpilogueTile, bool kMasked = false>
+          class EpilogueTile, Kind kKind = Kind::kPlain>
 using GemmOf = GemmSm90<
     Element, kByOut, cute::Shape<cute::Int<kM>, cute::Int<kN>, cute::_64>,
     cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>, Schedule,
     std::conditional_t<std::is_same_v<Schedule, Pingpong>, cutlass::epilogue::TmaWarpSpecialized,
                        cutlass::epilogue::TmaWarpSpecializedCooperative>,
-    EpilogueTile, kMasked>;
+    EpilogueTile, kKind>;
 
 // In the order of kGemmNames.
 template <class Element, bool kByOut>
 void launch_gemm_sm90(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool early,
                       cudaStream_t stream) {
+  // 64 columns stored at a time cost twice the shared memory of the default, and win 0.5 %.
   using Wide = cute::Shape<cute::_128, cute::_64>;
   switch (plan.kernel) {
     case 0:
       return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, Wide>::launch(
           args, plan, sm_count, early, stream);
     case 1:
-      return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, EpilogueTileAuto>::launch(
-          args, plan, sm_count, early, stream);
-    case 2:
       return GemmOf<Element, kByOut, 128, 128, 1, 2, Pingpong, EpilogueTileAuto>::launch(
           args, plan, sm_count, early, stream);
     case kGemmMasked:
-      return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, Wide, true>::launch(
+      return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, Wide, Kind::kMasked>::launch(
           args, plan, sm_count, early, stream);
+    case kGemmMaking16:
+      return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, EpilogueTileAuto,
+                    Kind::kMaking16>::launch(args, plan, sm_count, early, stream);
+    case kGemmMaking64:
+      return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, EpilogueTileAuto,
+                    Kind::kMaking64>::launch(args, plan, sm_count, early, stream);
     default:
       PYFAST_CHECK(false, "lora_linear: there is no GEMM kernel ", plan.kernel);
   }

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -17,13 +18,14 @@ constexpr Row kRows[] = {
 #include "lora/gemm_plans.inc"
 };
 
-// Below so many tiles of 128 x 128 the SMs are not filled, and a library that splits K is faster.
-constexpr std::int64_t kFewTiles = 64;
+// Below so many tiles of 128 x 128 the SMs are not filled, and a library that splits a long K is
+// faster; with a short one the launches decide, and ours are fewer.
+constexpr std::int64_t kFewTiles = 64, kShortK = 512;
 
 }  // namespace
 
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k) {
-  if (((m + 127) / 128) * ((n + 127) / 128) < kFewTiles) return {};
+  if (k > kShortK && ((m + 127) / 128) * ((n + 127) / 128) < kFewTiles) return {};
   const auto log = [](std::int64_t size) { return std::log2(static_cast<float>(size)); };
   const float log_m = log(m), log_n = log(n), log_k = log(k);
   GemmPlan best;
@@ -38,6 +40,34 @@ GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k) 
     }
   }
   return best;
+}
+
+std::int64_t making_workspace(std::int64_t m, std::int64_t r) {
+  const std::int64_t rows = (m + 255) / 256 * 256;  // whole clusters
+  return rows * kMakingSlices * (r <= 16 ? 16 : 64) * static_cast<std::int64_t>(sizeof(float));
+}
+
+MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
+                       int sm_count) {
+  constexpr std::int64_t kTileN = 256, kLeastK = 2048, kMostBytes = 128 << 20;
+  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const std::int64_t rows = ceil_div(m, 256), clusters = sm_count / 2;
+  if (r > 64 || k < kLeastK || making_workspace(m, r) > kMostBytes) return {};
+  // The grid must hold whole rows of tiles, and should not need more waves for it. Of a wide y the
+  // first part makes z and a second GEMM the rest.
+  const auto fits = [&](std::int64_t tiles) {
+    if (tiles < kMakingSlices / 2 || tiles > clusters) return false;
+    return ceil_div(rows, clusters / tiles) <= ceil_div(rows * tiles, clusters);
+  };
+  std::int64_t tiles = ceil_div(n, kTileN);
+  if (!fits(tiles)) tiles = std::min<std::int64_t>(tiles, kMakingSlices);
+  if (!fits(tiles)) return {};
+  MakingPlan plan;
+  plan.columns = std::min(n, tiles * kTileN);
+  plan.gemm.kernel = r <= 16 ? kGemmMaking16 : kGemmMaking64;
+  plan.gemm.along_n = true;
+  plan.gemm.blocks = static_cast<int>(2 * tiles * std::min(rows, clusters / tiles));
+  return plan;
 }
 
 }  // namespace pyfast::lora

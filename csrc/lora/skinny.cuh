@@ -314,9 +314,9 @@ __device__ __forceinline__ void begin(Order order) {
   launch_next_grid();  // it waits for the end of this grid before it reads the result
 }
 // A grid that began before the one ahead of it had ended must end after it: whoever waits for this
-// one relies on both.
+// one relies on both. One block waits; the others make room for those to come.
 __device__ __forceinline__ void end(Order order) {
-  if (order == Order::kBeside) wait_for_grid_before();
+  if (order == Order::kBeside && blockIdx.x == gridDim.x - 1) wait_for_grid_before();
 }
 
 }  // namespace skinny

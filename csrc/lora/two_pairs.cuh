@@ -69,13 +69,6 @@ struct TwoPairs : Base {
     return true;  // dispatch has checked pitches and pointers
   }
 
-  // After the producer's last tile: the grid after this one may start, as what it needs of the one
-  // before is there.
-  CUTLASS_DEVICE void load_tail(MainloopPipeline pipeline, PipelineState state) {
-    if (early_) asm volatile("griddepcontrol.launch_dependents;");
-    Base::load_tail(pipeline, state);
-  }
-
   template <class Inputs, class Coord, class Iterator>
   CUTLASS_DEVICE void load(const Params& params, MainloopPipeline pipeline, PipelineState state,
                            const Inputs& inputs, const Coord& coord, Iterator tiles, int count,
@@ -92,7 +85,6 @@ struct TwoPairs : Base {
   template <class Accumulator>
   CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState state, Accumulator& sums,
                           int count, int thread, TensorStorage& storage, const Params& params) {
-    using namespace cute;
     using TiledMma = typename Base::TiledMma;
     const int main = cute::min(count, params.main_tiles);
     Base::mma(pipeline, state, sums, main, thread, storage, params);
@@ -100,14 +92,32 @@ struct TwoPairs : Base {
 
     // One batch is still running, and its stage not yet released: go on from there.
     TiledMma tiled_mma;
-    auto [a, b] = fragments(tiled_mma, thread, storage);
-    tiled_mma.accumulate_ = GMMA::ScaleOut::One;
     PipelineState release = state;
     release.advance(main - 1);
     state.advance(main);
+    add_low_rank(tiled_mma, pipeline, state, release, sums, count - main, thread, storage, params);
+  }
+
+ protected:
+  // The producer, before it reads what the kernel before made. From here on the grid after this one
+  // may start, on SMs that this one leaves: it is either made to run beside, or waits.
+  CUTLASS_DEVICE static void wait_for_low_rank(const Params& params) {
+    if (params.wait_for_low_rank) asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+  }
+
+  // Adds the low-rank tiles to sums of which one batch may be running; `release` is its stage.
+  template <class TiledMma, class Accumulator>
+  CUTLASS_DEVICE static void add_low_rank(TiledMma& tiled_mma, MainloopPipeline& pipeline,
+                                          PipelineState state, PipelineState release,
+                                          Accumulator& sums, int tiles, int thread,
+                                          TensorStorage& storage, const Params& params) {
+    using namespace cute;
+    auto [a, b] = fragments(tiled_mma, thread, storage);
+    tiled_mma.accumulate_ = GMMA::ScaleOut::One;
     int steps = params.low_rank_steps;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int tile = main; tile < count; ++tile, steps -= kTileK / 16) {
+    for (; tiles > 0; --tiles, steps -= kTileK / 16) {
       pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
       const int stage = state.index();
       warpgroup_fence_operand(sums);
@@ -127,14 +137,6 @@ struct TwoPairs : Base {
     }
   }
 
- protected:
-  // The producer, before it reads z.
-  CUTLASS_DEVICE void wait_for_low_rank(const Params& params) {
-    if (!params.wait_for_low_rank) return;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    early_ = true;
-  }
-
   // The operands of this warpgroup in shared memory: (MMA, M or N, K, stage).
   CUTLASS_DEVICE static auto fragments(const typename Base::TiledMma& tiled_mma, int thread,
                                        TensorStorage& storage) {
@@ -146,16 +148,6 @@ struct TwoPairs : Base {
     return cute::make_tuple(slice.make_fragment_A(slice.partition_A(a)),
                             slice.make_fragment_B(slice.partition_B(b)));
   }
-
- private:
-  bool early_ = false;  // the producer's
-};
-
-// Dropout of the low-rank product.
-struct Mask {
-  const std::int64_t* seed = nullptr;
-  std::uint32_t threshold = 0;
-  float scale = 1.0F;  // of what is kept
 };
 
 template <class Base>

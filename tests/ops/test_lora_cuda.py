@@ -82,6 +82,31 @@ def test_is_as_near_to_float64_as_torch(shape, rank, dtype):
         check(got, exact(x, w, a, b, dy), composed(x, w, a, b, dy))
 
 
+MAKING = {16: "gemm_sm90_128x256_cooperative_2x1_making_16"}
+MAKING |= {64: MAKING[16].replace("16", "64")}
+WIDE_SHAPES = [
+    (1100, 2056, 2056),
+    (515, 4104, 2304),
+    (600, 2048, 17000),
+    (2047, 4096, 4096),
+]
+
+
+@pytest.mark.skipif(not SM90, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 16, 17, 64])
+def test_gemms_that_make_their_low_rank_operand(shape, rank, dtype):
+    for adapter_dtype, by_out in ((dtype, True), (torch.float32, True), (dtype, False)):
+        x, w, a, b, dy = operands(*shape, rank, dtype, adapter_dtype, by_out)
+        with ops.recorded_kernels() as ran:
+            y = ops.lora_linear(x, w, a, b, scale=SCALE)
+            y.backward(dy)
+        assert {name for _, name in ran} == {MAKING[16 if rank <= 16 else 64]}
+        expected, plain = exact(x, w, a, b, dy), composed(x, w, a, b, dy)
+        check((y.detach(), x.grad, a.grad, b.grad), expected, plain)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rank", [3, 16, 33, 128, 200])
@@ -118,11 +143,11 @@ def test_the_kernels_that_serve(nf4, rank):
 
 
 def test_small_products_go_through_torch():
-    x, w, a, b, dy = operands(16, 64, 64, 8, torch.bfloat16, torch.bfloat16, True)
+    x, w, a, b, dy = operands(16, 1024, 1024, 8, torch.bfloat16, torch.bfloat16, True)
     with ops.recorded_kernels() as ran:
         ops.lora_linear(x, w, a, b, scale=SCALE).backward(dy)
     names = [name for _, name in ran]
-    why = "torch's GEMM is faster for 16 rows, 64 to 64 features" if SM90 else ""
+    why = "torch's GEMM is faster for 16 rows, 1024 to 1024 features" if SM90 else ""
     assert len(names) == 2
     assert all(name.startswith(f"lora_linear_skinny ({why}") for name in names), names
 
@@ -146,7 +171,7 @@ def test_what_no_kernel_takes_is_said_once(k, n, dtype):
 
 @pytest.mark.parametrize("rank", [16, 64, 200])
 def test_repeated_runs_are_bit_identical(rank):
-    x, w, a, b, dy = operands(4096, 2048, 1024, rank, torch.bfloat16, torch.float32, True)
+    x, w, a, b, dy = operands(4096, 2048, 2048, rank, torch.bfloat16, torch.float32, True)
     first = None
     for _ in range(8):
         x.grad = a.grad = b.grad = None
@@ -172,10 +197,11 @@ def test_only_the_wanted_gradients_are_made():
                 assert (tensor.grad.double() - e).norm() < 0.01 * e.norm()
 
 
-def test_two_streams_share_nothing():
-    cases = [operands(1024, 512, 768, 16, torch.bfloat16, torch.float32, True) for _ in range(2)]
+@pytest.mark.parametrize("shape", [(1024, 512, 768), (4096, 2048, 4096)], ids=str)
+def test_streams_share_nothing_and_never_wait_for_each_other(shape):
+    cases = [operands(*shape, 16, torch.bfloat16, torch.float32, True) for _ in range(3)]
     expected = exact(*cases[0])
-    streams = [torch.cuda.Stream() for _ in cases]
+    streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1, -2)]
     torch.cuda.synchronize()
     for _ in range(20):
         for stream, (x, w, a, b, dy) in zip(streams, cases, strict=True):
