@@ -124,20 +124,26 @@ void add_dropout(const Problem& problem, SkinnyArgs* args) {
   args->scale *= keep_scale(problem.threshold);
 }
 
-// Launches the product for each part of at most `step` ranks; the parts follow one another.
-void by_rank(SkinnyArgs args, std::int64_t rank, int step, Order order, int sm_count,
-             void* stream) {
-  auto* launch = args.dtype == DType::bf16 ? launch_skinny_bf16 : launch_skinny_f16;
-  for (std::int64_t at = 0; at < rank; at += step) {
-    args.rank = static_cast<int>(std::min<std::int64_t>(step, rank - at));
-    launch(args, order, sm_count, stream);
-    order = Order::kAlone;
+void launch_products(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
+                     void* stream) {
+  auto* launch = first.args.dtype == DType::bf16 ? launch_skinny_bf16 : launch_skinny_f16;
+  launch(first, second, sm_count, stream);
+}
+
+// Launches the product for each part of at most kSkinnyRank ranks; the parts follow one another.
+void by_rank(SkinnyProduct product, std::int64_t rank, int sm_count, void* stream) {
+  constexpr std::int64_t kStep = kSkinnyRank;
+  SkinnyArgs& args = product.args;
+  for (std::int64_t at = 0; at < rank; at += kStep) {
+    args.rank = static_cast<int>(std::min(kStep, rank - at));
+    launch_products(product, nullptr, sm_count, stream);
+    product.order = Order::kAlone;
     if (args.u != nullptr) {
-      args.u = advance(args.u, args.u_by_rank ? step * args.pitch_u : step, args.dtype);
-      args.p = advance(args.p, step, args.dtype);
+      args.u = advance(args.u, args.u_by_rank ? kStep * args.pitch_u : kStep, args.dtype);
+      args.p = advance(args.p, kStep, args.dtype);
     } else {
-      args.v = advance(args.v, step, args.dtype);
-      args.q = advance(args.q, args.q_by_rank ? step * args.pitch_q : step, args.dtype_q);
+      args.v = advance(args.v, kStep, args.dtype);
+      args.q = advance(args.q, args.q_by_rank ? kStep * args.pitch_q : kStep, args.dtype_q);
     }
   }
 }
@@ -287,7 +293,7 @@ std::string_view forward(const Forward& params, const Placement& place) {
     z.p = params.z;
     z.partials = static_cast<float*>(partials);
     if (params.seed != nullptr) add_dropout(params, &z);
-    by_rank(z, params.r, kSkinnyRank, order, sm_count, place.stream);
+    by_rank({z, order}, params.r, sm_count, place.stream);
   }
   if (params.w == nullptr) return {};
 
@@ -349,32 +355,37 @@ std::string_view backward(const Backward& params, const Placement& place) {
     if (makes) {
       gemm.making = {b.data, b.pitch, params.scale, dz.partials, params.counters};
     } else {
-      by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
+      by_rank({dz, order}, params.r, sm_count, place.stream);
     }
     name = launch_product(gemm, making, sm_count, place.stream);
     order = Order::kBeside;  // on SMs that the GEMM leaves free
   } else if (want_dz) {
-    by_rank(dz, params.r, kSkinnyRank, order, sm_count, place.stream);
+    by_rank({dz, order}, params.r, sm_count, place.stream);
     order = Order::kAlone;
   }
-  if (params.db != nullptr) {
-    by_rank(db, params.r, kSkinnyRank, order, sm_count, place.stream);
-    if (params.r > kSkinnyRank) order = Order::kAlone;
+  SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
+  da.counters += kCountersDa;
+  da.v = params.dz;
+  da.pitch_v = params.pitch_z;
+  da.q = params.da;
+  da.pitch_q = params.k;
+  da.dtype_q = params.adapter_dtype;
+  da.q_by_rank = true;
+  da.partials = static_cast<float*>(partials_da);
+  if (params.seed != nullptr) add_dropout(params, &da);
+  // dz is there when the last GEMM begins, unless that is the one that makes it.
+  const Order order_da = makes && making.columns == gemm.n ? Order::kAfter : order;
+  if (params.db != nullptr && params.da != nullptr && params.r <= kSkinnyRank &&
+      params.seed == nullptr) {
+    da.rank = db.rank = static_cast<int>(params.r);
+    const SkinnyProduct second{da, order_da};
+    launch_products({db, order}, &second, sm_count, place.stream);
+    return name;
   }
-  // The last GEMM began when dz was there, unless it is the one that makes it.
-  if (making.columns == gemm.n) order = Order::kAfter;
+  if (params.db != nullptr) by_rank({db, order}, params.r, sm_count, place.stream);
   if (params.da != nullptr) {
-    SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
-    da.counters += kCountersDa;
-    da.v = params.dz;
-    da.pitch_v = params.pitch_z;
-    da.q = params.da;
-    da.pitch_q = params.k;
-    da.dtype_q = params.adapter_dtype;
-    da.q_by_rank = true;
-    da.partials = static_cast<float*>(partials_da);
-    if (params.seed != nullptr) add_dropout(params, &da);
-    by_rank(da, params.r, kSkinnyRank, order, sm_count, place.stream);
+    const bool follows = params.db != nullptr && params.r > kSkinnyRank;  // several launches of dB
+    by_rank({da, follows ? Order::kAlone : order_da}, params.r, sm_count, place.stream);
   }
   return name;
 }

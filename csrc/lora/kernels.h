@@ -18,9 +18,18 @@ enum class Order {
 // Most ranks of one skinny product.
 inline constexpr int kSkinnyRank = 128;
 
+struct SkinnyProduct {
+  SkinnyArgs args;
+  Order order = Order::kAlone;
+};
+
+// One product, or two of columns with as many ranks and without dropout in one launch: `second` may
+// wait for the grid before where `first` need not.
 std::int64_t skinny_workspace(const SkinnyArgs& args, int sm_count);
-void launch_skinny_bf16(const SkinnyArgs& args, Order order, int sm_count, void* stream);
-void launch_skinny_f16(const SkinnyArgs& args, Order order, int sm_count, void* stream);
+void launch_skinny_bf16(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
+                        void* stream);
+void launch_skinny_f16(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
+                       void* stream);
 
 // Copies a matrix into a pitch, a type and an orientation that the kernels take.
 struct PackArgs {

@@ -417,21 +417,35 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   end(order);
 }
 
-// Q[cols, rank] = scale D(T)^T V. A block has 128 columns and a band of rows; a warp has 16 of the
-// columns.
+// One product of a launch, and how its blocks follow the grid before.
+struct SkinnyJob {
+  SkinnyArgs args;
+  SkinnyGrid grid;
+  Order order = Order::kAlone;
+};
+
+// Q[cols, rank] = scale D(T)^T V, for one or two products: the first blocks make `first`. A block
+// has 128 columns and a band of rows; a warp has 16 of the columns.
 template <class T, int kRank, bool kDrop, int kStages>
 __global__ void __launch_bounds__(kSkinnyThreads, 2)
-    skinny_cols_kernel(const SkinnyArgs args, const SkinnyGrid grid, const Order order) {
+    skinny_cols_kernel(const __grid_constant__ SkinnyJob first_job,
+                       const __grid_constant__ SkinnyJob second_job) {
   using namespace skinny;
   using TileT = Tile<kSkinnyRows, kUnitsT>;
   using TileV = Tile<kSkinnyRows, kRank / 8>;
   constexpr int kStage = TileT::kBytes + TileV::kBytes;
   constexpr int kTiles = kRank / 8;  // of 8 ranks
   extern __shared__ __align__(128) char storage[];
+  const int blocks_first = first_job.grid.slabs * first_job.grid.bands;
+  const bool is_first = static_cast<int>(blockIdx.x) < blocks_first;
+  const SkinnyArgs args = is_first ? first_job.args : second_job.args;
+  const SkinnyGrid grid = is_first ? first_job.grid : second_job.grid;
+  const Order order = is_first ? first_job.order : second_job.order;
+  const int job_block = static_cast<int>(blockIdx.x) - (is_first ? 0 : blocks_first);
   begin(order);
 
   const int warp = threadIdx.x / 32;
-  const int slab = blockIdx.x % grid.slabs, band = blockIdx.x / grid.slabs;
+  const int slab = job_block % grid.slabs, band = job_block / grid.slabs;
   const int col = slab * kSkinnyCols;
   const int first = band * grid.band_blocks;
   const int blocks = min(grid.band_blocks, (args.rows + kSkinnyRows - 1) / kSkinnyRows - first);

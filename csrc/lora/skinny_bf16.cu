@@ -3,8 +3,9 @@
 
 namespace pyfast::lora {
 
-void launch_skinny_bf16(const SkinnyArgs& args, Order order, int sm_count, void* stream) {
-  launch_skinny<__nv_bfloat16>(args, order, sm_count, stream);
+void launch_skinny_bf16(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
+                        void* stream) {
+  launch_skinny<__nv_bfloat16>(first, second, sm_count, stream);
 }
 
 // The same for both types, as they are of one size.

@@ -3,8 +3,9 @@
 
 namespace pyfast::lora {
 
-void launch_skinny_f16(const SkinnyArgs& args, Order order, int sm_count, void* stream) {
-  launch_skinny<__half>(args, order, sm_count, stream);
+void launch_skinny_f16(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
+                       void* stream) {
+  launch_skinny<__half>(first, second, sm_count, stream);
 }
 
 }  // namespace pyfast::lora

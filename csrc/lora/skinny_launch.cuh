@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/device.h"
@@ -68,21 +69,13 @@ std::int64_t workspace(const SkinnyGrid& grid) {
   return parts * S::kSums * kSkinnyThreads * static_cast<std::int64_t>(sizeof(float));
 }
 
-template <class T, class S, bool kDrop>
-void launch(const SkinnyArgs& args, Order order, int sm_count, cudaStream_t stream) {
-  const SkinnyGrid grid = plan<S>(args, sm_count);
-  const auto kernel = [] {
-    if constexpr (S::kRows) {
-      return &skinny_rows_kernel<T, S::kRank, S::kByRank, kDrop, S::kStages>;
-    } else {
-      return &skinny_cols_kernel<T, S::kRank, kDrop, S::kStages>;
-    }
-  }();
+template <class S, auto kKernel, class... Parameters>
+void enqueue(int blocks, Order order, cudaStream_t stream, const Parameters&... parameters) {
   static const cudaError_t raised =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
   CUDA_CHECK("lora_linear", raised);
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(grid.slabs * grid.bands);
+  config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = kSkinnyThreads;
   config.dynamicSmemBytes = S::kShared;
   config.stream = stream;
@@ -91,7 +84,24 @@ void launch(const SkinnyArgs& args, Order order, int sm_count, cudaStream_t stre
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
   config.numAttrs = order == Order::kAlone ? 0 : 1;
-  CUDA_CHECK("lora_linear", cudaLaunchKernelEx(&config, kernel, args, grid, order));
+  CUDA_CHECK("lora_linear", cudaLaunchKernelEx(&config, kKernel, parameters...));
+}
+
+template <class T, class S, bool kDrop>
+void launch(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
+            cudaStream_t stream) {
+  const SkinnyJob job{first.args, plan<S>(first.args, sm_count), first.order};
+  const auto blocks = [](const SkinnyGrid& grid) { return grid.slabs * grid.bands; };
+  if constexpr (S::kRows) {
+    enqueue<S, &skinny_rows_kernel<T, S::kRank, S::kByRank, kDrop, S::kStages>>(
+        blocks(job.grid), job.order, stream, job.args, job.grid, job.order);
+  } else {
+    SkinnyJob other;
+    other.grid.slabs = 0;
+    if (second != nullptr) other = {second->args, plan<S>(second->args, sm_count), second->order};
+    enqueue<S, &skinny_cols_kernel<T, S::kRank, kDrop, S::kStages>>(
+        blocks(job.grid) + blocks(other.grid), job.order, stream, job, other);
+  }
 }
 
 // Calls visitor(Shape{}) for the kernel that serves the arguments.
@@ -112,13 +122,14 @@ void visit_shape(const SkinnyArgs& args, const Visitor& visitor) {
 }  // namespace skinny
 
 template <class T>
-void launch_skinny(const SkinnyArgs& args, Order order, int sm_count, void* stream) {
-  skinny::visit_shape(args, [&](auto shape) {
+void launch_skinny(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
+                   void* stream) {
+  skinny::visit_shape(first.args, [&](auto shape) {
     using S = decltype(shape);
     auto* on = static_cast<cudaStream_t>(stream);
-    if (args.seed == nullptr) return skinny::launch<T, S, false>(args, order, sm_count, on);
+    if (first.args.seed == nullptr) return skinny::launch<T, S, false>(first, second, sm_count, on);
     if constexpr (S::kByRank || !S::kRows) {
-      return skinny::launch<T, S, true>(args, order, sm_count, on);
+      return skinny::launch<T, S, true>(first, second, sm_count, on);
     }
   });
 }
