@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: one registry of cases, with their operands and their oracles.
+"""What is measured: one registry of cases.
 
 Letters: M tokens, N out features, K in features, R rank.
 """
@@ -7,20 +7,38 @@ Letters: M tokens, N out features, K in features, R rank.
 from __future__ import annotations
 
 import fnmatch
-import functools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
-
-from pyfast.ops import NestedScales, nf4_nest, nf4_quantize
-from pyfast.ops._nf4_format import NEST_MAP, NF4_CODE
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 BLOCKSIZE = 64
 SCALE = 2.0
 DROPOUT = 0.1
+LLAMA = {"hidden": 4096, "kv": 1024, "ff": 14336}
+"""Sizes of a layer of Llama-3-8B."""
+TINY_LLAMA = {"hidden": 64, "kv": 32, "ff": 128}
+
+
+class Linear(NamedTuple):
+    """A linear layer of a case: where it lies in the block, what it reads, its sizes."""
+
+    path: str
+    source: str
+    n: int
+    k: int
+
+
+def _llama_linears(hidden: int, kv: int, ff: int) -> list[Linear]:
+    return [
+        Linear("self_attn.q_proj", "x", hidden, hidden),
+        Linear("self_attn.k_proj", "x", kv, hidden),
+        Linear("self_attn.v_proj", "x", kv, hidden),
+        Linear("self_attn.o_proj", "attended", hidden, hidden),
+        Linear("mlp.gate_proj", "normed", ff, hidden),
+        Linear("mlp.up_proj", "normed", ff, hidden),
+        Linear("mlp.down_proj", "hidden", hidden, ff),
+    ]
 
 
 @dataclass(frozen=True)
@@ -31,9 +49,12 @@ class Case:
         name: the op, then what distinguishes the case, separated by slashes.
         op: the family that providers register for.
         covers: public ops of pyfast that the case exercises.
-        modes: "fwd", and "fwdbwd" where the op has a gradient.
-        shape: the letters above to sizes.
+        shape: sizes by name: the letters above; of a model hidden, kv and ff (intermediate), and for a
+            training step layers, vocab, batch and tokens of each sequence.
+        modes: "fwd", and "fwdbwd" where the op has a gradient; "step" for a training step.
         nf4: the weight is stored in NF4. nested: with 8-bit scales.
+        dropout: of the adapter's input.
+        checkpointing: of each layer's activations.
         tolerance: largest max_err that is still the same computation.
     """
 
@@ -44,142 +65,85 @@ class Case:
     modes: tuple[str, ...] = ("fwd",)
     nf4: bool = False
     nested: bool = False
+    dropout: float = 0.0
+    checkpointing: bool = False
     tolerance: float = 0.05
 
-    def flops(self, mode: str) -> int:
-        """Floating-point operations of the matrix products; a frozen weight has no gradient."""
+    @property
+    def adapted(self) -> bool:
+        """Whether its linears have LoRA."""
+        return self.op.startswith("lora_") or self.op == "train_step"
+
+    @cached_property
+    def linears(self) -> list[Linear]:
+        """Every linear layer, in the order of the forward."""
         s = self.shape
-        if "n" not in s or "m" not in s:
-            return 0
-        dense = 2 * s["m"] * s["n"] * s["k"]
-        low_rank = 2 * s["m"] * s.get("r", 0) * (s["n"] + s["k"])
+        if "hidden" not in s:
+            return [Linear("proj", "x", s["n"], s["k"])] if {"m", "n"} <= s.keys() else []
+        layer = _llama_linears(s["hidden"], s["kv"], s["ff"])
+        if self.op == "train_step":
+            return [
+                linear._replace(path=f"model.layers.{i}.{linear.path}")
+                for i in range(s["layers"])
+                for linear in layer
+            ]
+        chosen = {"lora_qkv": layer[:3], "lora_mlp": layer[4:], "lora_layer": layer}[self.op]
+        first = chosen[0].source
+        return [
+            Linear(f"layers.0.{path}", "x" if source == first else source, n, k)
+            for path, source, n, k in chosen
+        ]
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """What is fed in: name to width. The MLP makes its hidden activations itself."""
+        if not self.linears:
+            return {"x": self.shape["k"]} if "m" in self.shape else {}
+        widths = {linear.source: linear.k for linear in self.linears}
+        return {"x": widths["x"]} if self.op == "lora_mlp" else widths
+
+    @property
+    def outputs(self) -> list[int]:
+        """Widths of what comes out."""
+        if not self.linears:
+            return list(self.inputs.values())
+        widths = [linear.n for linear in self.linears]
+        return widths[-1:] if self.op == "lora_mlp" else widths
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the inputs."""
+        return self.shape.get("m", self.shape.get("batch", 0) * self.shape.get("tokens", 0))
+
+    def flops(self, mode: str) -> int:
+        """Floating-point operations of the linears' matrix products; a frozen weight has no gradient."""
+        s, m = self.shape, self.tokens
+        dense = sum(2 * m * n * k for _, _, n, k in self.linears)
+        dense += 2 * m * s.get("vocab", 0) * s.get("hidden", 0)
+        low_rank = sum(2 * m * s.get("r", 0) * (n + k) for _, _, n, k in self.linears)
         return dense + low_rank if mode == "fwd" else 2 * dense + 3 * low_rank
 
     def bytes(self, mode: str, itemsize: int) -> int:
-        """Bytes that must move once: weights in their stored form, inputs and outputs."""
-        s = self.shape
-        m, n, k, r = (s.get(letter, 0) for letter in "mnkr")
-        numel = n * k
+        """Bytes that must move once: weights in their stored form, inputs and outputs of the linears."""
+        s, m = self.shape, self.tokens
+        n, k, r = (s.get(letter, 0) for letter in "nkr")
+        numel = sum(n * k for _, _, n, k in self.linears) or n * k
         stored = numel * itemsize
         packed = numel // 2 + numel // BLOCKSIZE * (1 if self.nested else 4)
         if self.op == "copy":
             return 2 * stored
         if self.op in ("nf4_quantize", "nf4_dequantize"):
             return packed + stored
-        if self.op == "dropout" or self.op.startswith("adapter"):
+        if not self.linears:
             return 2 * m * k * itemsize + 2 * k * r * itemsize
         weight = packed if self.nf4 else stored
-        forward = weight + (m * (n + k) + r * (n + k)) * itemsize
+        read = m * sum({linear.source: linear.k for linear in self.linears}.values())
+        written = m * sum(linear.n for linear in self.linears)
+        factors = sum(r * (n + k) for _, _, n, k in self.linears)
+        forward = weight + (read + written + factors) * itemsize
         # Backward reads dy, the weight and, for the adapter's gradients, x; it writes dx, dA and dB.
-        backward = weight + (m * (n + k) + (m * k + 2 * r * (n + k) if r else 0)) * itemsize
+        backward = weight + (read + written + (read + 2 * factors if r else 0)) * itemsize
         return forward if mode == "fwd" else forward + backward
-
-
-@dataclass
-class Operands:
-    """The tensors of one copy of a case; a field that the case has no use for stays None."""
-
-    case: Case
-    dtype: torch.dtype
-    w: Tensor | None = None
-    packed: Tensor | None = None
-    absmax: Tensor | None = None
-    nest: NestedScales | None = None
-    x: Tensor | None = None
-    dy: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
-
-    def leaves(self) -> list[Tensor]:
-        """What has a gradient in mode fwdbwd, in the order that all providers report it."""
-        tensors = [self.x, self.a, self.b, *self.extra.values()]
-        return [t for t in tensors if t is not None]
-
-
-def make_operands(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Operands:
-    """Random operands of one copy. A dense `w` beside NF4 bytes holds exactly their values."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).mul_(std).to(dtype)
-
-    s = case.shape
-    m, n, k, r = (s.get(letter, 0) for letter in "mnkr")
-    operands = Operands(case, dtype)
-    if n:
-        operands.w = normal(n, k, std=1 / math.sqrt(k))
-    if case.nf4 and case.op != "nf4_quantize":
-        operands.packed, operands.absmax = nf4_quantize(operands.w, BLOCKSIZE)
-        if case.nested:
-            operands.nest = nf4_nest(operands.absmax)
-        operands.w = decode(operands).to(dtype)
-    if m:
-        operands.x = normal(m, k)
-        operands.dy = normal(m, n or k)
-    if case.op == "lora_linear":
-        operands.a = normal(r, k, std=1 / math.sqrt(k))
-        operands.b = normal(n, r, std=0.5)
-    elif case.op == "adapter_scale":
-        operands.extra["scale"] = normal(k)
-    elif case.op == "adapter_bottleneck":
-        operands.extra["down"] = normal(r, k, std=1 / math.sqrt(k))
-        operands.extra["up"] = normal(k, r, std=1 / math.sqrt(r))
-    return operands
-
-
-@functools.cache
-def tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 16 NF4 values and the 256 of nested scales, on a device."""
-    return NF4_CODE.to(device), NEST_MAP.to(device)
-
-
-def decode(operands: Operands, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The values of NF4 bytes, written out from the format: float32 scales, the product in `dtype`."""
-    packed, scales = operands.packed.view(-1), operands.absmax
-    nf4, nest = tables(packed.device)
-    if operands.nest is not None:
-        codes, absmax, offset = operands.nest
-        groups = absmax.repeat_interleave(256)[: codes.numel()]
-        scales = nest[codes.int()] * groups + offset
-    table = nf4.to(dtype)
-    values = torch.stack([table[(packed >> 4).int()], table[(packed & 15).int()]], dim=1)
-    values = values.view(-1, BLOCKSIZE).mul_(scales[:, None].to(dtype))
-    return values.view(operands.case.shape["n"], operands.case.shape["k"])
-
-
-def oracle(operands: Operands, mode: str) -> list[Tensor]:
-    """fp64 outputs (and gradients) of the linear and adapter cases from the rounded operands.
-
-    Those of dropout are what it gives where it keeps.
-    """
-    leaves = [leaf.double().requires_grad_(mode == "fwdbwd") for leaf in operands.leaves()]
-    x, rest = leaves[0], leaves[1:]
-    op = operands.case.op
-    if op == "nf4_linear":
-        y = x @ operands.w.double().t()
-    elif op == "lora_linear":
-        y = x @ operands.w.double().t() + SCALE * (x @ rest[0].t()) @ rest[1].t()
-    elif op == "dropout":
-        y = x / (1 - DROPOUT)
-    elif op == "adapter_scale":
-        y = x * rest[0]
-    else:
-        y = x + torch.nn.functional.silu(x @ rest[0].t()) @ rest[1].t()
-    if mode == "fwd":
-        return [y]
-    return [y.detach(), *torch.autograd.grad(y, leaves, operands.dy.double())]
-
-
-def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """max |got - want| / max |want|, the worst over the tensors."""
-    worst = 0.0
-    for ours, true in zip(got, want, strict=True):
-        if ours.shape != true.shape:
-            return math.inf
-        error = (ours.double() - true.double()).abs().max() / true.double().abs().max()
-        worst = max(worst, error.item() if error.isfinite() else math.inf)
-    return worst
 
 
 def _weights(op: str, sizes: list[tuple[int, int]]) -> Iterator[Case]:
@@ -205,16 +169,43 @@ def _nf4_linears(sizes: list[tuple[int, int]], rows: list[int], nested: bool) ->
             )  # fmt: skip
 
 
-def _loras(sizes: list[tuple[int, int]], rows: list[int], ranks: list[int]) -> Iterator[Case]:
-    for base in ("dense", "nf4"):
-        for n, k in sizes:
-            for m in rows:
-                for r in ranks:
+def _loras(
+    base: str,
+    sizes: list[tuple[int, int]],
+    rows: list[int],
+    ranks: list[int],
+    dropouts: tuple[float, ...] = (0.0,),
+) -> Iterator[Case]:
+    for n, k in sizes:
+        for m in rows:
+            for r in ranks:
+                for p in dropouts:
+                    name = f"lora_linear/{base}/{n}x{k}/r{r}/m{m}" + (f"/p{p}" if p else "")
                     yield Case(
-                        f"lora_linear/{base}/{n}x{k}/r{r}/m{m}", "lora_linear", ("lora_linear",),
-                        {"m": m, "n": n, "k": k, "r": r}, ("fwd", "fwdbwd"),
-                        nf4=base == "nf4", nested=base == "nf4",
+                        name, "lora_linear", ("lora_linear",), {"m": m, "n": n, "k": k, "r": r},
+                        ("fwd", "fwdbwd"), nf4=base == "nf4", nested=base == "nf4", dropout=p,
                     )  # fmt: skip
+
+
+def _blocks(op: str, sizes: dict[str, int], rows: list[int], ranks: list[int]) -> Iterator[Case]:
+    for m in rows:
+        for r in ranks:
+            yield Case(
+                f"{op}/r{r}/m{m}", op, ("lora_linear", "lora_group"), {"m": m, **sizes, "r": r},
+                ("fwd", "fwdbwd"),
+            )  # fmt: skip
+
+
+def _steps(
+    name: str, model: dict[str, int], batches: list[tuple[int, int]], r: int
+) -> Iterator[Case]:
+    for batch, tokens in batches:
+        for checkpointing in (False, True):
+            yield Case(
+                f"train_step/{name}/r{r}/{batch}x{tokens}" + "/checkpointing" * checkpointing,
+                "train_step", ("lora_linear",), {"batch": batch, "tokens": tokens, **model, "r": r},
+                ("step",), checkpointing=checkpointing, tolerance=0.1,
+            )  # fmt: skip
 
 
 def _adapters(sizes: list[tuple[int, int]], r: int) -> Iterator[Case]:
@@ -239,11 +230,16 @@ def _tiny() -> Iterator[Case]:
         *_weights("nf4_dequantize", size),
         *_nf4_linears(size, [4], nested=False),
         *_nf4_linears(size, [4], nested=True),
-        *_loras(size, [4], [8]),
+        *_loras("dense", size, [4], [8], (0.0, DROPOUT)),
+        *_loras("nf4", size, [4], [8]),
+        *_blocks("lora_qkv", TINY_LLAMA, [4], [8]),
+        *_blocks("lora_mlp", TINY_LLAMA, [4], [8]),
+        *_blocks("lora_layer", TINY_LLAMA, [4], [8]),
+        *_steps("llama", {"layers": 2, **TINY_LLAMA, "vocab": 96}, [(2, 8)], 4),
         *_adapters([(4, 128)], 8),
         *_dropouts([(4, 128)]),
     ):
-        yield Case(**{**vars(case), "name": f"tiny/{case.name}"})
+        yield replace(case, name=f"tiny/{case.name}")
 
 
 def all_cases(device: str) -> list[Case]:
@@ -254,32 +250,75 @@ def all_cases(device: str) -> list[Case]:
             *_weights("nf4_quantize", square),
             *_weights("nf4_dequantize", square),
             *_nf4_linears(square, [1, 16, 64, 256, 1024], nested=False),
-            *_loras(square, [64, 512], [16]),
+            *_loras("dense", square, [64, 512], [16]),
+            *_loras("nf4", square, [64, 512], [16]),
+            *_blocks("lora_qkv", LLAMA, [512], [16]),
             *_adapters([(1024, 4096)], 64),
             *_dropouts([(1024, 4096)]),
             *_tiny(),
         ]
-    # Llama-3-8B's and 70B's projections.
+    # Llama-3-8B's and 70B's projections; 6144 is 8B's q, k and v in one.
     matrices = [*square, (14336, 4096), (28672, 8192)]
     layers = [*square, (14336, 4096), (4096, 14336), (1024, 4096)]
+    rows, ranks = [512, 2048, 8191, 8192, 16384], [8, 16, 64, 128]
     return [
         *(Case(f"copy/{n}x{k}", "copy", (), {"n": n, "k": k}) for n, k in matrices),
         *_weights("nf4_quantize", matrices),
         *_weights("nf4_dequantize", matrices),
         *_nf4_linears(matrices, [1, 16, 64, 256], nested=False),
         *_nf4_linears(layers, [512, 2048, 8192], nested=True),
-        *_loras(layers, [2048, 8192], [16, 64]),
+        *_loras("dense", [*layers, (6144, 4096)], rows, ranks, (0.0, DROPOUT)),
+        *_loras("nf4", layers, [2048, 8192], [16, 64]),
+        *_blocks("lora_qkv", LLAMA, rows, ranks),
+        *_blocks("lora_mlp", LLAMA, rows, ranks),
+        *_blocks("lora_layer", LLAMA, rows, [16, 128]),
+        *_steps("llama3_8b", {"layers": 8, **LLAMA, "vocab": 128256}, [(2, 4096), (1, 1024)], 16),
         *_adapters([(8192, 4096), (8192, 14336)], 64),
         *_dropouts([(8192, 4096), (8192, 14336)]),
         *_tiny(),
     ]
 
 
-def select(device: str, pattern: str) -> list[Case]:
+SHORT = {
+    "cpu": (
+        "nf4_quantize/nested/4096x4096",
+        "nf4_dequantize/nested/4096x4096",
+        "nf4_linear/flat/4096x4096/m64",
+        "lora_linear/*/4096x4096/r16/m64",
+        "adapter_bottleneck/*",
+    ),
+    "cuda": (
+        "nf4_quantize/nested/4096x4096",
+        "nf4_dequantize/nested/4096x4096",
+        "nf4_linear/nested/4096x4096/m2048",
+        "lora_linear/dense/*x4096/r16/m8192",
+        "lora_linear/dense/4096x14336/r16/m8192",
+        "lora_linear/dense/4096x4096/r128/m8192",
+        "lora_linear/dense/4096x4096/r16/m8192/p0.1",
+        "lora_linear/dense/4096x4096/r16/m2048",
+        "lora_linear/dense/4096x4096/r16/m8191",
+        "lora_linear/nf4/4096x4096/r16/m8192",
+        "lora_qkv/r16/m8192",
+        "lora_mlp/r16/m8192",
+        "lora_layer/r*/m8192",
+        "dropout/8192x4096",
+        "adapter_bottleneck/8192x4096/*",
+    ),
+}
+"""Globs of the cases that take about two minutes together."""
+
+
+def select(device: str, pattern: str, *, short: bool = False) -> list[Case]:
     """Cases whose name matches a glob; the tiny ones only where the glob begins with `tiny`."""
+
+    def matches(name: str, *globs: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
     tiny = pattern.startswith("tiny")
     return [
         case
         for case in all_cases(device)
-        if fnmatch.fnmatchcase(case.name, pattern) and (tiny or not case.name.startswith("tiny/"))
+        if matches(case.name, pattern)
+        and (tiny or not case.name.startswith("tiny/"))
+        and (not short or matches(case.name, *SHORT[device]))
     ]

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare two result files: `python -m benchmarks.compare OLD.json NEW.json`.
+"""Compare two result files, or the providers of one with the frozen layers:
 
-Exits with 1 if a row of the new file is slower than the old one's by more than the threshold.
+    python -m benchmarks.compare OLD.json NEW.json
+    python -m benchmarks.compare FILE.json
+
+Two files: exits with 1 if a row of the new one is slower than the old one's by more than the threshold.
+One file: ratios to the faster of `frozen` and `frozen_lt`, for the backward alone from the differences
+fwdbwd - fwd.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Key = tuple[str, str, str, str]
+FROZEN = ("frozen", "frozen_lt")
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
@@ -56,19 +62,58 @@ def compare(
     return "\n".join(lines), slower
 
 
+def _ratio(time: float | None, floor: float | None) -> str:
+    return f"{time / floor:>9.3f}" if time is not None and floor else f"{'-':>9}"
+
+
+def _parts(times: dict[str, float]) -> dict[str, float | None]:
+    """Forward, backward, both and whole steps, from the times by mode."""
+    forward, both = times.get("fwd"), times.get("fwdbwd")
+    backward = None if forward is None or both is None else both - forward
+    return {"fwd": forward, "bwd": backward, "both": both, "step": times.get("step")}
+
+
+def ratios(rows: dict[Key, Row], column: str) -> str:
+    """A table of each provider's times over the frozen layer's, case by case."""
+    cases: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for (case, mode, dtype, provider), row in rows.items():
+        if row.get(column) is not None:
+            providers = cases.setdefault((case, dtype), {})
+            providers.setdefault(provider, {})[mode] = row[column]
+    lines = [f"{'case':<48}{'provider':<14}" + "".join(f"{part:>9}" for part in _parts({}))]
+    for (case, _), providers in sorted(cases.items()):
+        frozen = [providers.pop(name) for name in FROZEN if name in providers]
+        if not frozen:
+            continue
+        modes = {mode for times in frozen for mode in times}
+        best = {mode: min(times[mode] for times in frozen if mode in times) for mode in modes}
+        floors = _parts(best)
+        for provider, times in sorted(providers.items()):
+            cells = [_ratio(time, floors[part]) for part, time in _parts(times).items()]
+            lines.append(f"{case:<48}{provider:<14}" + "".join(cells))
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
+    parser.add_argument("new", type=Path, nargs="?", help="without it: ratios to frozen in OLD")
     parser.add_argument("--column", default="burst_ms_p50", help="default: burst_ms_p50")
     parser.add_argument("--threshold", type=float, default=1.05, help="largest new/old: 1.05")
     parser.add_argument("--provider", help="only this provider's rows")
     options = parser.parse_args(arguments)
-    old, new = read_rows(options.old), read_rows(options.new)
-    if options.provider:
-        old = {key: row for key, row in old.items() if key[3] == options.provider}
-        new = {key: row for key, row in new.items() if key[3] == options.provider}
+    kept = (options.provider, *(FROZEN if options.new is None else ()))
+    old, new = (
+        {k: row for k, row in read_rows(path).items() if not options.provider or k[3] in kept}
+        for path in (options.old, options.new or options.old)
+    )
+    if options.new is None:
+        print(ratios(old, options.column))
+        return 0
     if not old.keys() & new.keys():
         print("the two files have no row in common", file=sys.stderr)
         return 1

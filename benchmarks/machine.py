@@ -45,10 +45,13 @@ def driver_version(device: torch.device) -> str | None:
     return result.stdout.splitlines()[0].strip() if result.returncode == 0 else None
 
 
+PEERS = ("peft", "unsloth", "liger-kernel", "bitsandbytes", "transformers")
+
+
 def versions() -> dict[str, str | None]:
-    """Version of torch and of every provider's package."""
+    """Version of torch, of pyfast and of the peers' packages; None of those that are not installed."""
     found: dict[str, str | None] = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("pyfast", "peft", "bitsandbytes"):
+    for package in ("pyfast", *PEERS):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

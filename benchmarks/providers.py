@@ -4,68 +4,33 @@
 frozen        F.linear on the dense weight, gradient of x only (cuBLAS); no adapter: the floor
 frozen_lt     the same on cuBLASLt
 torch         the plain PyTorch composition of the op
-peft          PEFT's LoRA layer, over F.linear or bitsandbytes' Linear4bit
+peft          PEFT's LoRA layers, over F.linear or bitsandbytes' Linear4bit
+peft_compile  the same through torch.compile
+unsloth       PEFT's layers with Unsloth's LoRA kernels in the place of their forwards
 bitsandbytes  its functional quantisers and Linear4bit
-pyfast        pyfast.ops
+pyfast        pyfast.ops; in blocks and training steps pyfast.apply
+
+LoRA is in `lora`, training steps are in `train_step`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.cases import BLOCKSIZE, DROPOUT, SCALE, Case, Operands, decode, tables
-from benchmarks.timing import Step
+from benchmarks import lora, train_step
+from benchmarks.bnb_layers import linear_4bit, quant_state
+from benchmarks.cases import BLOCKSIZE, DROPOUT, Case
+from benchmarks.operands import Operands, decode, tables
+from benchmarks.prepared import Absent, Prepared, need, need_cuda, with_blas
+from benchmarks.steps import step_of_one
 from pyfast import ops
 
-
-class Absent(Exception):
-    """This provider does not serve the case; the text says why."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A provider's step for one case and mode.
-
-    Attributes:
-        step: does the work on copy i.
-        read: the step's result as the tensors that the oracle has; None: it computes something else.
-        around: runs what it is given with the provider's global settings in place.
-    """
-
-    step: Step
-    read: Callable[[Any], list[Tensor]] | None
-    around: Callable[[Callable[[], object]], object] = lambda work: work()
-
-
-Forward = Callable[[int], Tensor]
-Leaves = list[list[Tensor]]
-
-
-def _linear(mode: str, copies: list[Operands], forward: Forward, leaves: Leaves) -> Step:
-    """A step of `forward`, and in mode fwdbwd the gradients of its leaves."""
-    if mode == "fwd":
-
-        def step(i: int) -> list[Tensor]:
-            with torch.no_grad():
-                return [forward(i)]
-    else:
-
-        def step(i: int) -> list[Tensor]:
-            y = forward(i)
-            return [y, *torch.autograd.grad(y, leaves[i], copies[i].dy)]
-
-    return step
-
-
-def _leaves(copies: list[Operands]) -> Leaves:
-    return [operands.leaves() for operands in copies]
+Prepare = Callable[[Case, str, list[Operands]], Prepared]
 
 
 def _reader(case: Case, copies: list[Operands]) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -75,7 +40,7 @@ def _reader(case: Case, copies: list[Operands]) -> Callable[[list[Tensor]], list
 
     def read(out: list[Tensor]) -> list[Tensor]:
         filled = []
-        for result, source in zip(out, (copies[0].x, copies[0].dy), strict=False):
+        for result, source in zip(out, (copies[0].x, copies[0].dys[0]), strict=False):
             dropped = result == 0
             right = abs(dropped.double().mean().item() - DROPOUT) < 0.09
             filled.append(torch.where(dropped, source / (1 - DROPOUT), result) if right else result)
@@ -84,43 +49,18 @@ def _reader(case: Case, copies: list[Operands]) -> Callable[[list[Tensor]], list
     return read
 
 
-def _need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise Absent(f"{package} is not installed")
-
-
-# --- frozen -------------------------------------------------------------------------------------
-
-
 def _frozen(case: Case, mode: str, copies: list[Operands]) -> Prepared:
-    if case.op not in ("nf4_linear", "lora_linear"):
+    if case.op != "nf4_linear":
         raise Absent("there is no frozen linear in this case")
     leaves = [[operands.x] for operands in copies]
-    step = _linear(mode, copies, lambda i: F.linear(copies[i].x, copies[i].w), leaves)
-    return Prepared(step, list if case.op == "nf4_linear" else None, _with_blas("cublas"))
+    step = step_of_one(mode, copies, lambda i: F.linear(copies[i].x, copies[i].w), leaves)
+    return Prepared(step, list, with_blas("cublas"))
 
 
 def _frozen_lt(case: Case, mode: str, copies: list[Operands]) -> Prepared:
     prepared = _frozen(case, mode, copies)
-    if copies[0].x.device.type != "cuda":
-        raise Absent("cuBLASLt needs a CUDA device")
-    return Prepared(prepared.step, prepared.read, _with_blas("cublaslt"))
-
-
-def _with_blas(library: str) -> Callable[[Callable[[], object]], object]:
-    def around(work: Callable[[], object]) -> object:
-        if not torch.cuda.is_available():
-            return work()
-        torch.backends.cuda.preferred_blas_library(library)
-        try:
-            return work()
-        finally:
-            torch.backends.cuda.preferred_blas_library("default")
-
-    return around
-
-
-# --- torch --------------------------------------------------------------------------------------
+    need_cuda("cuBLASLt", copies[0].x)
+    return Prepared(prepared.step, prepared.read, with_blas("cublaslt"))
 
 
 def _torch(case: Case, mode: str, copies: list[Operands]) -> Prepared:
@@ -133,7 +73,6 @@ def _torch(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         return Prepared(lambda i: [decode(copies[i], torch.float32).to(dtype)], list)
     forwards: dict[str, Callable[[Operands], Tensor]] = {
         "nf4_linear": lambda o: F.linear(o.x, decode(o, torch.float32).to(o.dtype)),
-        "lora_linear": lambda o: F.linear(o.x, o.w) + SCALE * F.linear(F.linear(o.x, o.a), o.b),
         "dropout": lambda o: F.dropout(o.x, DROPOUT),
         "adapter_scale": lambda o: o.x * o.extra["scale"],
         "adapter_bottleneck": lambda o: (
@@ -141,7 +80,7 @@ def _torch(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         ),
     }
     forward = forwards[case.op]
-    step = _linear(mode, copies, lambda i: forward(copies[i]), _leaves(copies))
+    step = step_of_one(mode, copies, lambda i: forward(copies[i]))
     return Prepared(step, _reader(case, copies))
 
 
@@ -165,11 +104,8 @@ def _decoded(case: Case, packed: Tensor, absmax: Tensor, nest: ops.NestedScales 
     return decode(Operands(case, torch.float64, packed=packed, absmax=absmax, nest=nest))
 
 
-# --- bitsandbytes -------------------------------------------------------------------------------
-
-
 def _bitsandbytes(case: Case, mode: str, copies: list[Operands]) -> Prepared:
-    _need("bitsandbytes")
+    need("bitsandbytes")
     import bitsandbytes.functional as bnb
 
     if case.op == "nf4_quantize":
@@ -189,103 +125,21 @@ def _bitsandbytes(case: Case, mode: str, copies: list[Operands]) -> Prepared:
 
         return Prepared(quantize, read)
     if case.op == "nf4_dequantize":
-        states = [_bnb_state(operands) for operands in copies]
+        states = [quant_state(operands) for operands in copies]
         return Prepared(lambda i: [bnb.dequantize_4bit(copies[i].packed, states[i])], list)
     if case.op == "nf4_linear":
-        layers = [_bnb_linear(operands, mode) for operands in copies]
-        forward = _linear(mode, copies, lambda i: layers[i](copies[i].x), _leaves(copies))
-        return Prepared(forward, list)
-    raise Absent("bitsandbytes has no such op")
+        layers = [linear_4bit(operands).train(mode == "fwdbwd") for operands in copies]
+        return Prepared(step_of_one(mode, copies, lambda i: layers[i](copies[i].x)), list)
+    raise _no_op("bitsandbytes", case)
 
 
-def _bnb_state(operands: Operands) -> Any:
-    """bitsandbytes' description of the operands' NF4 bytes."""
-    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
-
-    device = operands.packed.device
-    common = {
-        "shape": operands.w.shape,
-        "dtype": operands.dtype,
-        "blocksize": BLOCKSIZE,
-        "quant_type": "nf4",
-        "code": get_4bit_type("nf4", device=device, blocksize=BLOCKSIZE),
-    }
-    if operands.nest is None:
-        return QuantState(absmax=operands.absmax, **common)
-    code = create_dynamic_map().to(device)
-    inner = QuantState(operands.nest.absmax, blocksize=256, code=code, dtype=torch.float32)
-    return QuantState(operands.nest.codes, offset=operands.nest.offset, state2=inner, **common)
-
-
-def _bnb_linear(operands: Operands, mode: str) -> nn.Module:
-    import bitsandbytes as bnb
-
-    n, k = operands.w.shape
-    nested = operands.nest is not None
-    layer = bnb.nn.Linear4bit(
-        k, n, bias=False, compute_dtype=operands.dtype, compress_statistics=nested,
-        quant_type="nf4", device="meta",
-    )  # fmt: skip
-    layer.quant_state = _bnb_state(operands)
-    layer.weight = bnb.nn.Params4bit(
-        # Cloned: on CPU, bitsandbytes repacks the bytes of a layer that only runs forward.
-        operands.packed.clone(), requires_grad=False, quant_state=layer.quant_state,
-        blocksize=BLOCKSIZE, compress_statistics=nested, quant_type="nf4", module=layer,
-        bnb_quantized=True,
-    )  # fmt: skip
-    return layer.train(mode == "fwdbwd")
-
-
-# --- peft ---------------------------------------------------------------------------------------
-
-
-class _Host(nn.Module):
-    """The smallest model that PEFT can put an adapter into."""
-
-    def __init__(self, layer: nn.Module, four_bit: bool) -> None:
-        super().__init__()
-        self.proj = layer
-        self.is_loaded_in_4bit = four_bit
-
-
-def _peft(case: Case, mode: str, copies: list[Operands]) -> Prepared:
-    if case.op != "lora_linear":
-        raise Absent("PEFT has no such layer by itself")
-    _need("peft")
-    if case.nf4:
-        _need("bitsandbytes")
-    layers = [_peft_layer(operands, mode) for operands in copies]
-    leaves: Leaves = [
-        [operands.x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        for operands, layer in zip(copies, layers, strict=True)
-    ]
-    return Prepared(_linear(mode, copies, lambda i: layers[i](copies[i].x), leaves), list)
-
-
-def _peft_layer(operands: Operands, mode: str) -> Any:
-    import peft
-
-    if operands.case.nf4:
-        base = _bnb_linear(operands, mode)
-    else:
-        n, k = operands.w.shape
-        base = nn.Linear(k, n, bias=False, device="meta")
-        base.weight = nn.Parameter(operands.w, requires_grad=False)
-    rank = operands.case.shape["r"]
-    config = peft.LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=["proj"])
-    host = peft.inject_adapter_in_model(config, _Host(base, operands.case.nf4))
-    layer = host.proj
-    layer.lora_A["default"].weight = nn.Parameter(operands.a.detach())
-    layer.lora_B["default"].weight = nn.Parameter(operands.b.detach())
-    return layer.train(mode == "fwdbwd")
-
-
-# --- pyfast -------------------------------------------------------------------------------------
+def _no_op(name: str, case: Case) -> Absent:
+    return Absent(f"{name} has no {case.op}")
 
 
 def _pyfast(case: Case, mode: str, copies: list[Operands]) -> Prepared:
     if case.op == "copy":
-        raise Absent("pyfast has no copy")
+        raise _no_op("pyfast", case)
     if case.op == "nf4_quantize":
 
         def quantize(i: int) -> tuple[Tensor, Tensor, ops.NestedScales | None]:
@@ -293,44 +147,47 @@ def _pyfast(case: Case, mode: str, copies: list[Operands]) -> Prepared:
             return packed, absmax, ops.nf4_nest(absmax) if case.nested else None
 
         return Prepared(quantize, lambda out: [_decoded(case, *out)])
-    scales = [_scales(operands) for operands in copies]
     if case.op == "nf4_dequantize":
         shape, dtype = copies[0].w.shape, copies[0].dtype
 
         def dequantize(i: int) -> list[Tensor]:
-            return [ops.nf4_dequantize(copies[i].packed, shape=shape, dtype=dtype, **scales[i])]
+            o = copies[i]
+            return [ops.nf4_dequantize(o.packed, shape=shape, dtype=dtype, **o.scales)]
 
         return Prepared(dequantize, list)
-    forwards: dict[str, Callable[[Operands, dict[str, Any]], Tensor]] = {
-        "nf4_linear": lambda o, s: ops.nf4_linear(o.x, o.packed, out_features=len(o.w), **s),
-        "lora_linear": lambda o, s: ops.lora_linear(
-            o.x, o.packed if case.nf4 else o.w, o.a, o.b, scale=SCALE, **s
+    forwards: dict[str, Callable[[Operands], Tensor]] = {
+        "nf4_linear": lambda o: ops.nf4_linear(
+            o.x, o.packed, out_features=o.w.shape[0], **o.scales
         ),
-        "dropout": lambda o, s: ops.dropout(o.x, DROPOUT),
-        "adapter_scale": lambda o, s: ops.adapter_scale(o.x, o.extra["scale"]),
-        "adapter_bottleneck": lambda o, s: ops.adapter_bottleneck(
-            o.x, o.extra["down"], o.extra["up"]
-        ),
+        "dropout": lambda o: ops.dropout(o.x, DROPOUT),
+        "adapter_scale": lambda o: ops.adapter_scale(o.x, o.extra["scale"]),
+        "adapter_bottleneck": lambda o: ops.adapter_bottleneck(o.x, o.extra["down"], o.extra["up"]),
     }
     forward = forwards[case.op]
-    step = _linear(mode, copies, lambda i: forward(copies[i], scales[i]), _leaves(copies))
+    step = step_of_one(mode, copies, lambda i: forward(copies[i]))
     return Prepared(step, _reader(case, copies))
 
 
-def _scales(operands: Operands) -> dict[str, Any]:
-    if not operands.case.nf4:
-        return {}
-    if operands.nest is None:
-        return {"absmax": operands.absmax}
-    codes, absmax, offset = operands.nest
-    return {"absmax": codes, "nested_absmax": absmax, "nested_offset": offset}
-
-
-PROVIDERS: dict[str, Callable[[Case, str, list[Operands]], Prepared]] = {
+PROVIDERS: dict[str, Prepare] = {
     "frozen": _frozen,
     "frozen_lt": _frozen_lt,
     "torch": _torch,
-    "peft": _peft,
     "bitsandbytes": _bitsandbytes,
     "pyfast": _pyfast,
 }
+NAMES = list(dict.fromkeys([*lora.PROVIDERS, *PROVIDERS]))
+"""All providers."""
+
+
+def prepare(name: str, case: Case, mode: str, copies: list[Operands]) -> Prepared:
+    """A provider's step for a case.
+
+    Raises:
+        Absent: it has none.
+    """
+    if case.op == "train_step":
+        return train_step.prepare(name, case, copies[0])
+    table = lora.PROVIDERS if case.adapted else PROVIDERS
+    if name not in table:
+        raise _no_op(name, case)
+    return table[name](case, mode, copies)

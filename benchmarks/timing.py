@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -48,6 +49,15 @@ def quantile(values: list[float], q: float) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+def between_events(work: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Queue `work` between two events, without waiting."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    return begin, end
+
+
 class Clock:
     """Times callables on one device."""
 
@@ -79,16 +89,13 @@ class Clock:
             start = time.perf_counter()
             work()
             return (time.perf_counter() - start) * 1e3
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
+        begin, end = between_events(work)
         end.synchronize()
         return begin.elapsed_time(end)
 
 
 class Subject:
-    """One provider's step, warmed up, with its graphs where the device has them."""
+    """One provider's step, warmed up, with its graphs where the device has them and `graphs` allows it."""
 
     def __init__(
         self,
@@ -96,11 +103,12 @@ class Subject:
         clock: Clock,
         copies: int,
         around: Callable[[Callable[[], object]], object],
+        graphs: bool = True,
     ) -> None:
         self.samples = Samples()
         self.graph_error = ""
         self._step, self._clock, self._copies, self._around = step, clock, copies, around
-        self._turn = 0
+        self._turn, self._capturing = 0, clock.cuda and graphs
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         around(self._prepare)
 
@@ -110,9 +118,11 @@ class Subject:
         estimate = min(self._clock.time(self._one, cold=False) for _ in range(3))
         wanted = int(BURST_SECONDS * 1e3 / max(estimate, 1e-3))
         self.burst = max(1, min(MAX_BURST, wanted))
-        if self._clock.cuda:
+        if self._capturing:
             try:
-                self._graphs = (self._capture(1), self._capture(self.burst))
+                single = self._capture(1)
+                # Nobody reads what a replay leaves, so both may write it to the same memory.
+                self._graphs = single, self._capture(self.burst, single.pool())
             except RuntimeError as error:
                 self.graph_error = str(error).splitlines()[0]
                 torch.cuda.synchronize()
@@ -125,7 +135,7 @@ class Subject:
         for _ in range(self.burst):
             self._one()
 
-    def _capture(self, steps: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, steps: int, pool: Any = None) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -133,7 +143,7 @@ class Subject:
                 self._one()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             for _ in range(steps):
                 self._one()
         return graph
@@ -158,9 +168,7 @@ def interleave(subjects: list[Subject], seconds: float, rng: random.Random) -> i
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < MIN_ROUNDS or (time.perf_counter() < deadline and rounds < MAX_ROUNDS):
-        order = list(subjects)
-        rng.shuffle(order)
-        for subject in order:
+        for subject in rng.sample(subjects, len(subjects)):
             subject.measure()
         rounds += 1
     return rounds

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import between_events, quantile
 from pyfast import _extension
 
 RANK = 16
@@ -31,6 +32,8 @@ LAYERS = [(4096, 4096), (4096, 1024), (4096, 6144), (4096, 14336), (4096, 28672)
 LARGE = [(8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)]
 SHAPES = [(m, *layer) for m in (512, 2048, 8192) for layer in LAYERS]
 SHAPES += [(m, *layer) for m in (2048, 8192) for layer in LARGE]
+SPECIAL = ("masked", "making")
+"""Words in the names of kernels that are chosen for what else they do."""
 HEADER = """\
 // By out feature?, M, K, N: {{kernel, swizzle, along N}}. In the comment: time with rank {rank} over the
 // library's without. Written by benchmarks/tune_gemm.py on an {card}.
@@ -58,14 +61,14 @@ class Operands:
         return torch.mm(self.x, self.w.t() if self.by_out else self.w, out=self.y)
 
     def ours(self, plan: tuple[int, int, bool]) -> object:
-        """x W^T + z B^T by one of our kernels."""
+        """x W^T + z B^T by one of our kernels, on as many blocks as there are SMs."""
         (m, k), n = self.x.shape, self.y.shape[1]
         pointers = [t.data_ptr() for t in (self.x, self.w, self.z, self.b)]
         stream = _extension.stream(self.x.device.index)
         code = _extension.DTYPES[self.x.dtype]
         return _extension.C.lora_gemm(
             self.x.device.index, stream, code, self.by_out, m, n, k, RANK, *pointers, RANK, 0,
-            self.y.data_ptr(), *plan,
+            self.y.data_ptr(), *plan, 0, 0, 0, 0,
         )  # fmt: skip
 
 
@@ -83,25 +86,26 @@ def burst(launch: Launch, count: int) -> torch.cuda.CUDAGraph:
 def race(
     graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int, count: int, pause: int = 0
 ) -> dict[Any, float]:
-    """Median microseconds a launch of each, in a new order each round; `pause` clocks before each."""
+    """Median microseconds a launch of each, in a new order each round; `pause` clocks before each.
+
+    Nothing waits between them, so that without pauses the card has no rest.
+    """
     events: dict[Any, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {key: [] for key in graphs}
-    keys = list(graphs)
     for _ in range(rounds):
-        random.shuffle(keys)
-        for key in keys:
+        for key in random.sample(list(graphs), len(graphs)):
             if pause:
                 torch.cuda._sleep(pause)
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graphs[key].replay()
-            stop.record()
-            events[key].append((start, stop))
+            events[key].append(between_events(graphs[key].replay))
     torch.cuda.synchronize()
-    medians = {}
-    for key, pairs in events.items():
-        times = sorted(start.elapsed_time(stop) for start, stop in pairs)
-        medians[key] = times[len(times) // 2] / count * 1e3
-    return medians
+    times = {
+        key: [start.elapsed_time(stop) for start, stop in pairs] for key, pairs in events.items()
+    }
+    return {key: quantile(each, 0.5) / count * 1e3 for key, each in times.items()}
+
+
+def tuned_kernels(names: list[str]) -> list[int]:
+    """Indices of the kernels that the table chooses from; the others do more than this product."""
+    return [i for i, name in enumerate(names) if not any(word in name for word in SPECIAL)]
 
 
 def best_plan(by_out: bool, m: int, k: int, n: int) -> tuple[tuple[int, int, bool], float]:
@@ -112,7 +116,7 @@ def best_plan(by_out: bool, m: int, k: int, n: int) -> tuple[tuple[int, int, boo
     for library in ("cublas", "cublaslt"):
         torch.backends.cuda.preferred_blas_library(library)
         graphs[library] = burst(lambda i: sets[i % COPIES].library(), count)
-    kernels = [i for i, k in enumerate(_extension.C.lora_gemm_kernels()) if "masked" not in k]
+    kernels = tuned_kernels(_extension.C.lora_gemm_kernels())
     for plan in itertools.product(kernels, (1, 2, 4, 8), (False, True)):
         graphs[plan] = burst(lambda i, plan=plan: sets[i % COPIES].ours(plan), count)  # type: ignore[misc]
     pause = int(1.7e9 * count * 2 * m * k * n / 650e12)

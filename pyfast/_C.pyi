@@ -165,6 +165,10 @@ def lora_gemm(
     kernel: int,
     swizzle: int,
     along_n: bool,
+    blocks: int,
+    q: int,
+    workspace: int,
+    counters: int,
     /,
 ) -> None: ...
 def lora_gemm_kernels() -> list[str]: ...

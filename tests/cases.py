@@ -101,6 +101,32 @@ def _lora_backward(m, n, k, r, wanted, **options):
     return make
 
 
+def _lora_group(count, m):
+    """Only the first member wants gradients: the generic tests look at the first output."""
+
+    def make(device, dtype):
+        x, *first = (lora_args(m, 12, 16, 3, device, dtype, bias=True)[i] for i in (0, 1, 2, 3, 4))
+        others = [lora_args(m, 8, 16, 5, device, dtype)[1:5] for _ in range(count - 1)]
+        members = [first, *([t if t is None else t.detach() for t in each] for each in others)]
+        members += [[None] * 4] * (3 - count)
+        return (x, *(member[i] for i in range(4) for member in members), [0.75] * count)
+
+    return make
+
+
+def _lora_group_backward(m, wanted):
+    def make(device, dtype):
+        x, *rest, scales = (
+            t.detach() if isinstance(t, torch.Tensor) else t
+            for t in _lora_group(3, m)(device, dtype)
+        )
+        dys = [seeded((*m, n), seed=6, dtype=dtype, device=device) for n in (12, 8, 8)]
+        z = seeded((x.numel() // 16, 24), seed=7, dtype=dtype, device=device)
+        return (*dys, x, z, *rest[:3], *rest[6:], scales, wanted)
+
+    return make
+
+
 def _dropout(shape, p):
     def make(device, dtype):
         x = seeded(shape, seed=2, dtype=dtype, device=device).requires_grad_()
@@ -206,6 +232,11 @@ CASES: list[OpCase] = [
         "factors",
         _lora_backward((0, 5), 12, 16, 3, [False, False, True, True]),
     ),
+    OpCase("lora_group", "three", _lora_group(3, (2, 5))),
+    OpCase("lora_group", "two", _lora_group(2, (5,))),
+    OpCase("lora_group", "empty", _lora_group(3, (0, 5))),
+    OpCase("lora_group_backward", "all", _lora_group_backward((2, 5), [True] * 10)),
+    OpCase("lora_group_backward", "factors", _lora_group_backward((5,), [False] * 4 + [True] * 6)),
     OpCase("adapter_scale", "rows", _scale((2, 3, 10))),
     OpCase("adapter_scale", "empty", _scale((0, 10))),
     OpCase("adapter_scale_backward", "both", _scale_backward((2, 3, 10), [True, True])),

@@ -161,7 +161,7 @@ std::int64_t most_partials(const Problem& problem, int sm_count) {
   consider(problem.n, true, false);
   consider(problem.n, false, false);
   consider(problem.k, false, false);
-  if (problem.r <= 64) most = std::max(most, making_workspace(problem.m, problem.r));
+  if (problem.r <= 128) most = std::max(most, making_workspace(problem.m, problem.r));
   return most;
 }
 

@@ -54,11 +54,13 @@ struct GemmPlan {
 // Tile, schedule, cluster; what the last three are for: a mask, and making z of up to 16 or 64
 // ranks.
 inline constexpr std::string_view kGemmNames[] = {
-    "gemm_sm90_128x256_cooperative_2x1",           "gemm_sm90_128x128_pingpong_1x2",
-    "gemm_sm90_128x256_cooperative_2x1_masked",    "gemm_sm90_128x256_cooperative_2x1_making_16",
-    "gemm_sm90_128x256_cooperative_2x1_making_64",
+    "gemm_sm90_128x256_cooperative_2x1",
+    "gemm_sm90_128x128_pingpong_1x2",
+    "gemm_sm90_128x256_cooperative_2x1_masked",
+    "gemm_sm90_128x256_cooperative_2x1_making_16",
+    "gemm_sm90_128x256_cooperative_2x1_making_128",
 };
-inline constexpr int kGemmMasked = 2, kGemmMaking16 = 3, kGemmMaking64 = 4;
+inline constexpr int kGemmMasked = 2, kGemmMaking16 = 3, kGemmMaking128 = 4;
 
 // The measured plan of the nearest shape in gemm_plans.inc.
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k);
@@ -72,6 +74,9 @@ struct MakingPlan {
 MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
                        int sm_count);
 std::int64_t making_workspace(std::int64_t m, std::int64_t r);
+constexpr int making_width(std::int64_t r) {
+  return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;
+}
 // Parts of z that the blocks of a row of tiles make at most; half as many where they are few.
 inline constexpr int kMakingSlices = 16;
 

@@ -20,7 +20,7 @@
 
 namespace pyfast::lora {
 
-enum class Kind { kPlain, kMasked, kMaking16, kMaking64 };
+enum class Kind { kPlain, kMasked, kMaking16, kMaking128 };
 
 template <class Stock, Kind kKind>
 struct MainloopOf {
@@ -35,8 +35,8 @@ struct MainloopOf<Stock, Kind::kMaking16> {
   using type = MakesZ<Stock, 16>;
 };
 template <class Stock>
-struct MainloopOf<Stock, Kind::kMaking64> {
-  using type = MakesZ<Stock, 64>;
+struct MainloopOf<Stock, Kind::kMaking128> {
+  using type = MakesZ<Stock, 128>;
 };
 
 // One kernel of the family. kByOut: W is stored [N, K] and B [N, R]; else [K, N] and [R, N].
@@ -49,7 +49,7 @@ struct GemmSm90 {
   static constexpr int kAlign = 8;
   static constexpr int kM = cute::size<0>(Tile{}), kN = cute::size<1>(Tile{});
   static constexpr int kMakingRank =
-      kKind == Kind::kMaking16 ? 16 : (kKind == Kind::kMaking64 ? 64 : 0);
+      kKind == Kind::kMaking16 ? 16 : (kKind == Kind::kMaking128 ? 128 : 0);
 
   using Fusion = cutlass::epilogue::fusion::LinCombPerColBias<Element, float, Element, void>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -59,8 +59,7 @@ struct GemmSm90 {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, Row, kAlign, Element, LayoutW,
       kAlign, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-          sizeof(typename Epilogue::SharedStorage) + kMakingRank * 64 * 2 +
-          (kMakingRank > 0 ? kMakingSlices * 512 : 0))>,
+          sizeof(typename Epilogue::SharedStorage) + making_bytes(kMakingRank))>,
       Schedule>::CollectiveOp;
   using Mainloop = typename MainloopOf<Stock, kKind>::type;
   using Kernel =
@@ -178,9 +177,9 @@ void launch_gemm_sm90(const GemmArgs& args, const GemmPlan& plan, int sm_count, 
     case kGemmMaking16:
       return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, EpilogueTileAuto,
                     Kind::kMaking16>::launch(args, plan, sm_count, early, stream);
-    case kGemmMaking64:
+    case kGemmMaking128:
       return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, EpilogueTileAuto,
-                    Kind::kMaking64>::launch(args, plan, sm_count, early, stream);
+                    Kind::kMaking128>::launch(args, plan, sm_count, early, stream);
     default:
       PYFAST_CHECK(false, "lora_linear: there is no GEMM kernel ", plan.kernel);
   }

@@ -12,6 +12,8 @@
 // all blocks of a row at once (grid_blocks), and a part needs nothing of another block.
 #pragma once
 
+#include <algorithm>
+
 #include "common/vec.cuh"
 #include "lora/two_pairs.cuh"
 
@@ -28,6 +30,12 @@ struct cutlass::gemm::kernel::detail::HasAuxiliaryLoad<pyfast::lora::WithAuxilia
     : cute::true_type {};
 
 namespace pyfast::lora {
+
+// Of shared memory that a kernel needs for Q.
+constexpr int making_bytes(int rank) {
+  constexpr int kTileK = 64, kFetched = kMakingSlices * 32 * 16;
+  return rank == 0 ? 0 : std::max(rank * kTileK * 2, kFetched);
+}
 
 template <class Base, int kRank>
 struct MakesZ : TwoPairs<Base> {
@@ -63,17 +71,21 @@ struct MakesZ : TwoPairs<Base> {
                                             cute::GMMA::Layout_MN_SW128_Atom<ElementA>>>>;
   using TileQ = cute::Shape<cute::Int<kRank>, cute::Int<kTileK>>;
   using LayoutQ = decltype(cute::tile_to_shape(AtomQ{}, TileQ{}));
+  // The product with the first ranks of Q.
+  template <int kRanks>
   using TiledMmaZ = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<
           ElementA, ElementA, float,
-          cute::Shape<cute::Int<kTileM>, cute::Int<kRank>, cute::Int<kTileK>>, cute::GMMA::Major::K,
-          kMajorQ>(),
+          cute::Shape<cute::Int<kTileM>, cute::Int<kRanks>, cute::Int<kTileK>>,
+          cute::GMMA::Major::K, kMajorQ>(),
       cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>{}));
+  static constexpr int kFewRanks = kRank == 128 ? 64 : kRank;  // a narrower product where it does
   static constexpr unsigned kBytesQ = kRank * kTileK * sizeof(ElementA);
 
   struct TensorStorage : Base::TensorStorage {
-    cute::array_aligned<ElementA, kRank * kTileK> smem_q;
-    float4 parts[kMakingSlices][32];  // of the warp that adds up
+    // Q, and between a tile's last product with it and the next tile what the warp that adds up
+    // fetches: float4 [kMakingSlices][32].
+    cute::array_aligned<ElementA, making_bytes(kRank) / 2> smem_q;
   };
 
   struct Arguments : Pairs::Arguments {
@@ -95,6 +107,7 @@ struct MakesZ : TwoPairs<Base> {
     float* partials = nullptr;
     unsigned* counters = nullptr;
     int m = 0, k = 0, r = 0;
+    int width = 0;  // columns of a part: the rank rounded up to a power of two
     int tiles_n = 0;
     int slices = 0;                        // parts of z in a row of tiles
     typename Scheduler::Params scheduler;  // a copy of the kernel's
@@ -125,6 +138,7 @@ struct MakesZ : TwoPairs<Base> {
             static_cast<int>(get<0>(shape)),
             args.k,
             args.r,
+            making_width(args.r),
             tiles_n,
             tiles_n >= kMakingSlices ? kMakingSlices : kMakingSlices / 2,
             {}};
@@ -179,27 +193,22 @@ struct MakesZ : TwoPairs<Base> {
     using namespace cute;
     typename Base::TiledMma tiled_mma;
     auto [a, b] = Pairs::fragments(tiled_mma, thread, storage);
-    TiledMmaZ mma_z;
-    auto slice = mma_z.get_slice(0);
-    const Tensor q = slice.make_fragment_B(
-        slice.partition_B(make_tensor(make_smem_ptr(storage.smem_q.data()), LayoutQ{})));
-    Tensor z = partition_fragment_C(mma_z, Shape<Int<kTileM>, Int<kRank>>{});
+    Tensor z = partition_fragment_C(TiledMmaZ<kRank>{}, Shape<Int<kTileM>, Int<kRank>>{});
     clear(z);
-    mma_z.accumulate_ = GMMA::ScaleOut::One;
     PipelineState release = state;
 
-    // Starts the product of the next tile of K, `with_z` also that with Q.
-    const auto multiply = [&](auto with_z) {
+    // Starts the product of the next tile of K, and that with so many ranks of Q.
+    const auto multiply = [&](auto ranks) {
       pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
       const int stage = state.index();
       warpgroup_fence_operand(sums);
-      if constexpr (with_z) warpgroup_fence_operand(z);
+      if constexpr (ranks > 0) warpgroup_fence_operand(z);
       warpgroup_arrive();
       CUTLASS_PRAGMA_UNROLL
       for (int step = 0; step < kTileK / 16; ++step) {
         cute::gemm(tiled_mma, a(_, _, step, stage), b(_, _, step, stage), sums);
         tiled_mma.accumulate_ = GMMA::ScaleOut::One;
-        if constexpr (with_z) cute::gemm(mma_z, a(_, _, step, stage), q(_, _, step), z);
+        if constexpr (ranks > 0) add_z<ranks>(a(_, _, step, stage), step, z, storage);
       }
       warpgroup_commit_batch();
       ++state;
@@ -215,7 +224,7 @@ struct MakesZ : TwoPairs<Base> {
     tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
     const auto turn = state.count() / static_cast<std::uint32_t>(count);
     warpgroup_fence_operand(z);
-    multiply(false_type{});
+    multiply(_0{});
 
     // This block's tile of y number `turn`, as the kernel's own scheduler counts.
     Scheduler scheduler(params.scheduler);
@@ -229,10 +238,14 @@ struct MakesZ : TwoPairs<Base> {
       for (; tile <= walk.last; tile += plain + 1, plain = walk.stride - 1) {
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < plain; ++i) {
-          multiply(false_type{});
+          multiply(_0{});
           finish_one();
         }
-        multiply(true_type{});
+        if (params.r <= kFewRanks) {
+          multiply(Int<kFewRanks>{});
+        } else {
+          multiply(Int<kRank>{});
+        }
         finish_one();
       }
       warpgroup_wait<0>();
@@ -243,7 +256,7 @@ struct MakesZ : TwoPairs<Base> {
     }
     CUTLASS_PRAGMA_NO_UNROLL
     for (; tile < params.main_tiles; ++tile) {
-      multiply(false_type{});
+      multiply(_0{});
       finish_one();
     }
     Pairs::add_low_rank(tiled_mma, pipeline, state, release, sums, count - params.main_tiles,
@@ -271,6 +284,21 @@ struct MakesZ : TwoPairs<Base> {
       }
     }
   };
+
+  // z += a Q^T for the first ranks of Q and one step of a tile of K.
+  template <int kRanks, class A, class Sums>
+  CUTLASS_DEVICE static void add_z(const A& a, int step, Sums& z, TensorStorage& storage) {
+    using namespace cute;
+    TiledMmaZ<kRanks> mma;
+    mma.accumulate_ = GMMA::ScaleOut::One;
+    const Tensor tile = local_tile(make_tensor(make_smem_ptr(storage.smem_q.data()), LayoutQ{}),
+                                   Shape<Int<kRanks>, Int<kTileK>>{}, make_coord(_0{}, _0{}));
+    auto slice = mma.get_slice(0);
+    const Tensor q = slice.make_fragment_B(slice.partition_B(tile));
+    Tensor sums = make_tensor(
+        z.data(), partition_fragment_C(mma, Shape<Int<kTileM>, Int<kRanks>>{}).layout());
+    cute::gemm(mma, a, q(_, _, step), sums);
+  }
 
   template <class Inputs, class Coord>
   CUTLASS_DEVICE static void load_main(const Params& params, MainloopPipeline& pipeline,
@@ -315,58 +343,71 @@ struct MakesZ : TwoPairs<Base> {
     }
   }
 
-  // The part of z that this thread has summed, [slices, kTileM, kRank] for a row of tiles.
+  // The part of z that this thread has summed: [slices, kTileM, width] for a row of tiles.
   template <class Sums>
   CUTLASS_DEVICE static void store_part(const Sums& z, const Params& params, int row, int slice,
                                         int thread) {
     const int lane = thread % 32;
-    float* part = params.partials +
-                  ((static_cast<std::int64_t>(row) * params.slices + slice) * kTileM +
-                   thread / 32 * 16 + lane / 4) *
-                      kRank +
-                  lane % 4 * 2;
+    const std::int64_t lines =
+        (static_cast<std::int64_t>(row) * params.slices + slice) * kTileM + thread / 32 * 16;
+    float* part = params.partials + (lines + lane / 4) * params.width + lane % 4 * 2;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < cute::size(Sums{}); i += 2) {
+    for (int i = 0; i < cute::size(Sums{}); i += 4) {
       // Of each four sums two lie in one row and two in the row eight further.
-      *reinterpret_cast<float2*>(part + i / 4 * 8 + i / 2 % 2 * 8 * kRank) =
-          make_float2(z(i), z(i + 1));
+      if (i * 2 < params.width) {
+        float* to = part + i * 2;
+        *reinterpret_cast<float2*>(to) = make_float2(z(i), z(i + 1));
+        *reinterpret_cast<float2*>(to + 8 * params.width) = make_float2(z(i + 2), z(i + 3));
+      }
     }
   }
 
   // A warp adds up the parts of its share of the rows of z and stores them.
   CUTLASS_DEVICE static void add_up(const Params& params, int row, int share, int lane,
                                     TensorStorage& storage) {
-    constexpr int kSums = kTileM * kRank;
-    const float* parts = params.partials + static_cast<std::int64_t>(row) * params.slices * kSums;
-    const int begin = kTileM * share / params.slices * kRank;
-    const int end = kTileM * (share + 1) / params.slices * kRank;
-    const int columns = (params.r + 7) / 8 * 8;
+    const int sums = kTileM * params.width;
+    auto* fetched = reinterpret_cast<float4*>(storage.smem_q.data());
+    const float* parts = params.partials + static_cast<std::int64_t>(row) * params.slices * sums;
+    const int begin = kTileM * share / params.slices * params.width;
+    const int end = kTileM * (share + 1) / params.slices * params.width;
+    // So many times 128 sums are fetched at once, all in flight without a register each.
+    constexpr int kAtOnce = making_bytes(kRank) / (kMakingSlices * 32 * 16), kStep = 32 * 4;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int at = begin + lane * 4; at < end; at += 32 * 4) {
-      // All of them in flight at once, without a register each.
+    for (int block = begin + lane * 4; block < end; block += kAtOnce * kStep) {
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int slice = 0; slice < params.slices; ++slice) {
-        cutlass::arch::cp_async<16, cutlass::arch::CacheOperation::Global>(
-            &storage.parts[slice][lane], parts + slice * kSums + at);
+      for (int i = 0; i < kAtOnce && block + i * kStep < end; ++i) {
+        CUTLASS_PRAGMA_NO_UNROLL
+        for (int slice = 0; slice < params.slices; ++slice) {
+          cutlass::arch::cp_async<16, cutlass::arch::CacheOperation::Global>(
+              &fetched[(i * kMakingSlices + slice) * 32 + lane],
+              parts + slice * sums + block + i * kStep);
+        }
       }
       asm volatile("cp.async.wait_all;" ::: "memory");
-      float4 sum = make_float4(0, 0, 0, 0);
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int slice = 0; slice < params.slices; ++slice) {
-        const float4 part = storage.parts[slice][lane];
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-      const int line = row * kTileM + at / kRank, column = at % kRank;
-      if (line < params.m && column < columns) {
-        cutlass::AlignedArray<ElementA, 4> out;
-        out[0] = static_cast<ElementA>(sum.x * params.scale);
-        out[1] = static_cast<ElementA>(sum.y * params.scale);
-        out[2] = static_cast<ElementA>(sum.z * params.scale);
-        out[3] = static_cast<ElementA>(sum.w * params.scale);
-        *reinterpret_cast<cutlass::AlignedArray<ElementA, 4>*>(params.z + line * params.pitch_z +
-                                                               column) = out;
+      for (int i = 0; i < kAtOnce && block + i * kStep < end; ++i) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        CUTLASS_PRAGMA_NO_UNROLL
+        for (int slice = 0; slice < params.slices; ++slice) {
+          const float4 part = fetched[(i * kMakingSlices + slice) * 32 + lane];
+          sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+        store_sums(params, row, block + i * kStep, sum);
       }
     }
+  }
+
+  // Four neighbours of z; `at` counts in the tile.
+  CUTLASS_DEVICE static void store_sums(const Params& params, int row, int at, const float4& sum) {
+    const int line = row * kTileM + at / params.width, column = at % params.width;
+    if (line >= params.m || column >= (params.r + 7) / 8 * 8) return;
+    cutlass::AlignedArray<ElementA, 4> out;
+    out[0] = static_cast<ElementA>(sum.x * params.scale);
+    out[1] = static_cast<ElementA>(sum.y * params.scale);
+    out[2] = static_cast<ElementA>(sum.z * params.scale);
+    out[3] = static_cast<ElementA>(sum.w * params.scale);
+    *reinterpret_cast<cutlass::AlignedArray<ElementA, 4>*>(params.z + line * params.pitch_z +
+                                                           column) = out;
   }
 
   CUTLASS_DEVICE static void wait_until(const unsigned* counter, int low_half) {

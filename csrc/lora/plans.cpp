@@ -44,7 +44,7 @@ GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k) 
 
 std::int64_t making_workspace(std::int64_t m, std::int64_t r) {
   const std::int64_t rows = (m + 255) / 256 * 256;  // whole clusters
-  return rows * kMakingSlices * (r <= 16 ? 16 : 64) * static_cast<std::int64_t>(sizeof(float));
+  return rows * kMakingSlices * making_width(r) * static_cast<std::int64_t>(sizeof(float));
 }
 
 MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
@@ -52,7 +52,7 @@ MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
   constexpr std::int64_t kTileN = 256, kLeastK = 2048, kMostBytes = 128 << 20;
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t rows = ceil_div(m, 256), clusters = sm_count / 2;
-  if (r > 64 || k < kLeastK || making_workspace(m, r) > kMostBytes) return {};
+  if (r > 128 || k < kLeastK || making_workspace(m, r) > kMostBytes) return {};
   // The grid must hold whole rows of tiles, and should not need more waves for it. Of a wide y the
   // first part makes z and a second GEMM the rest.
   const auto fits = [&](std::int64_t tiles) {
@@ -64,7 +64,7 @@ MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
   if (!fits(tiles)) return {};
   MakingPlan plan;
   plan.columns = std::min(n, tiles * kTileN);
-  plan.gemm.kernel = r <= 16 ? kGemmMaking16 : kGemmMaking64;
+  plan.gemm.kernel = r <= 16 ? kGemmMaking16 : kGemmMaking128;
   plan.gemm.along_n = true;
   plan.gemm.blocks = static_cast<int>(2 * tiles * std::min(rows, clusters / tiles));
   return plan;

@@ -21,6 +21,9 @@ class Role(Enum):
     DOWN = "down (last MLP projection)"
 
 
+_SHARING = ((Role.Q, Role.K, Role.V), (Role.GATE, Role.UP))
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family.
@@ -38,3 +41,12 @@ class Family:
     layers: str
     roles: Mapping[str, Role]
     lora_targets: tuple[str, ...]
+
+    def shared_inputs(self) -> list[list[str]]:
+        """Paths inside a layer of modules that read one input: those of one parent with such roles."""
+        found: dict[tuple[str, int], list[str]] = {}
+        for path, role in self.roles.items():
+            for index, roles in enumerate(_SHARING):
+                if role in roles:
+                    found.setdefault((path.rpartition(".")[0], index), []).append(path)
+        return [paths for paths in found.values() if len(paths) > 1]

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyfast.families import shared_inputs
 from pyfast.integrations.bitsandbytes import unsupported_reason, view_linear4bit
 from pyfast.methods.base import adapted_modules, unwrapped
 from pyfast.nn import AdapterLayer, NF4Linear, weight_of
 from pyfast.nn.adapter_layer import has_hooks
+from pyfast.nn.dora import dora_linear
+from pyfast.nn.group import GroupMember, Part, form_groups, part_of
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
+_VARIANTS = ("NoneType", "DoraLinearVariant")
+_GROUP = "lora_group"
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,19 @@ class Row:
     module: str
     op: str
     reason: str
+    group: str = ""
+    """Names of the modules that one `lora_group` serves, this one among them, where nothing drops."""
+
+    @property
+    def what(self) -> str:
+        """The op or the reason in words."""
+        if not self.op:
+            return f"left alone: {self.reason}"
+        if self.op == _GROUP:
+            return f"pyfast.{self.op} of {self.group}"
+        return f"pyfast.{self.op}" + (
+            f"; pyfast.{_GROUP} of {self.group} while dropout is off" if self.group else ""
+        )
 
 
 @dataclass
@@ -51,12 +69,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"pyfast serves {len(self.served)} of {len(self.rows)} linear modules"]
-        groups = Counter((row.module, row.op, row.reason) for row in self.rows)
-        for (module, op, reason), count in groups.items():
-            what = f"pyfast.{op}" if op else f"left alone: {reason}"
-            first = next(
-                r.path for r in self.rows if (r.module, r.op, r.reason) == (module, op, reason)
-            )
+        alike = Counter((row.module, row.what) for row in self.rows)
+        for (module, what), count in alike.items():
+            first = next(r.path for r in self.rows if (r.module, r.what) == (module, what))
             lines.append(f"  {count:4d} x {module}: {what} (first: {first})")
         return "\n".join(lines)
 
@@ -64,7 +79,9 @@ class Report:
 def accelerate(model: nn.Module) -> Report:
     """Serve a model's adapted and 4-bit linears by pyfast's ops, in place.
 
-    Handles PEFT's LoRA layers over dense and bitsandbytes 4-bit weights, and bare `Linear4bit` layers.
+    Handles PEFT's LoRA layers over dense and bitsandbytes 4-bit weights, and bare `Linear4bit` layers. In
+    models of a known family, layers over dense weights that read one input (q, k and v; gate and up) are
+    served together.
     Parameters, names and state-dict keys do not change, so optimisers and checkpoints stay valid.
 
     Args:
@@ -107,7 +124,18 @@ def accelerate(model: nn.Module) -> Report:
             inside.append(f"{path}.")
     report.rows = [r for r in report.rows if not any(r.path.startswith(p) for p in inside)]
     report.rows.reverse()
+    form_groups(shared_inputs(model))
+    report.rows = [_with_group(row, model.get_submodule(row.path)) for row in report.rows]
     return report
+
+
+def _with_group(row: Row, module: nn.Module) -> Row:
+    """The row of a module that may be a member of a group."""
+    parts = module.company() if row.op and isinstance(module, GroupMember) else {}
+    if not parts:
+        return row
+    drops = any(part.dropout > 0 for part in parts.values())
+    return replace(row, op=row.op if drops else _GROUP, group=", ".join(parts))
 
 
 def _lora_reason(module: Any) -> str:
@@ -121,8 +149,6 @@ def _lora_reason(module: Any) -> str:
         return f"its base layer {type(base).__name__} is not a linear that pyfast knows"
     if type(module).__name__ not in ("Linear", "Linear4bit"):
         return f"PEFT's {type(module).__name__} has a forward of its own"
-    if module.lora_variant:
-        return "it uses a LoRA variant such as DoRA"
     if any(module.lora_bias.values()):
         return "it has a bias in lora_B"
     if module.lora_embedding_A:
@@ -132,9 +158,15 @@ def _lora_reason(module: Any) -> str:
 
 def _part_reason(layer: Any, name: str) -> str:
     """Why an adapter's parts must be called as they are; empty if they are PEFT's own."""
+    variant = type(layer.lora_variant.get(name)).__name__
+    if variant not in _VARIANTS:
+        return f"it uses PEFT's {variant}"
+    norms = layer.lora_magnitude_vector
+    if name in norms and has_hooks(norms[name]):
+        return "its lora_magnitude_vector has hooks or a replaced forward"
     parts = ("lora_A", (nn.Linear,)), ("lora_B", (nn.Linear,)), ("lora_dropout", _DROPOUTS)
     for container, kinds in parts:
-        part = getattr(layer, container)[name]
+        part = layer._modules[container]._modules[name]
         if type(part) not in kinds:
             return f"its {container} is a {type(part).__name__}"
         if has_hooks(part):
@@ -163,29 +195,65 @@ class _Served:
     """Pickles and copies as a module of a class that is made again."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        mixin, cls = type(self).__mro__[1], type(self).__mro__[3]
+        mixin, cls = type(self).__bases__
         return _blank, (cls, mixin), self.__getstate__()
 
 
-class _LoraForward(_Served):
-    """Forward of a PEFT LoRA layer through `lora_linear` where one plain adapter is active."""
+class _LoraForward(_Served, GroupMember):
+    """Forward of a PEFT LoRA layer through `lora_linear` where one adapter, plain or DoRA's, is active."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
-        active = [name for name in layer.active_adapters if name in layer.lora_A]
-        weight = None
-        if not (args or kwargs or layer.disable_adapters or layer.merged) and len(active) == 1:
-            base = layer.get_base_layer()
-            hooked = has_hooks(base) or _part_reason(layer, active[0])
-            weight = None if hooked else weight_of(base)
-        if weight is None or layer.lora_variant or layer.lora_bias[active[0]]:
+        name = None if args or kwargs else self._one_adapter()
+        p, drops = (0.0, False) if name is None else self._dropout(name)
+        group = None if name is None or drops else self.live_group()
+        if name is not None and group is not None:
+            together = group.output(self, x, self._part(name))
+            if together is not None:
+                return together
+        weight = None if name is None else weight_of(self.frozen_layer())
+        if name is None or weight is None:
             out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return out
-        name = active[0]
-        dropout = layer.lora_dropout[name]
-        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return weight.lora_linear(x, a, b, layer.scaling[name], p)
+        scale, dropout = layer.scaling[name], p if drops else 0.0
+        if name in layer.lora_variant:
+            norms, base = layer.lora_magnitude_vector[name].weight, self.frozen_layer()
+            return dora_linear(weight, x, a, b, scale, dropout, norms, base)
+        return weight.lora_linear(x, a, b, scale, dropout)
+
+    def frozen_layer(self) -> nn.Module:
+        layer: Any = self
+        base: nn.Module = layer._modules["base_layer"]  # PEFT's search for it takes 3 us
+        return layer.get_base_layer() if "base_layer" in base._modules else base
+
+    def lora_part(self) -> Part | None:
+        name = self._one_adapter()
+        return None if name is None else self._part(name)
+
+    def _part(self, name: str) -> Part | None:
+        layer: Any = self
+        if name in layer.lora_variant:
+            return None
+        a, b = (layer._modules[each]._modules[name] for each in ("lora_A", "lora_B"))
+        scale, (dropout, drops) = layer.scaling[name], self._dropout(name)
+        return part_of(layer, self.frozen_layer(), a, b, scale, dropout, drops)
+
+    def _one_adapter(self) -> str | None:
+        """The one active adapter, if its parts need not be called one by one."""
+        layer: Any = self
+        held = layer._modules["lora_A"]._modules
+        active = [name for name in layer.active_adapters if name in held]
+        if layer.disable_adapters or layer.merged or len(active) != 1:
+            return None
+        hooked = has_hooks(self.frozen_layer()) or _part_reason(layer, active[0])
+        return None if hooked or layer.lora_bias[active[0]] else active[0]
+
+    def _dropout(self, name: str) -> tuple[float, bool]:
+        """Its probability, and whether it is on."""
+        dropout: Any = self.lora_dropout[name]  # type: ignore[attr-defined]
+        p = dropout.p if type(dropout) is nn.Dropout else 0.0
+        return p, p > 0 and dropout.training
 
 
 class _Linear4bitForward(_Served):

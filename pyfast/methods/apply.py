@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.errors import AdapterStateError, UnsupportedError
+from pyfast.families import shared_inputs
 from pyfast.methods.base import METHODS, Method, Plan, adopt, unwrapped
 from pyfast.methods.state import (
     activate,
@@ -22,6 +23,7 @@ from pyfast.methods.state import (
     take_off,
     tensors_of,
 )
+from pyfast.nn.group import form_groups
 
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_-")
 
@@ -181,4 +183,5 @@ def commit_plan(
     register(model, adapter_name, ours)
     if plan.shapes:
         activate(model, [adapter_name])
+        form_groups(shared_inputs(model))
     adopt(model)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA: y = x W^T + s * dropout(x) A^T B^T (Hu et al., 2021), s = alpha / r, rsLoRA alpha / sqrt(r).
 
-With an NF4 base the same method is QLoRA (Dettmers et al., 2023).
+With an NF4 base the same method is QLoRA (Dettmers et al., 2023), with learned norms DoRA, see `nn.dora`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.errors import ConfigError, UnsupportedError
-from pyfast.methods.base import Plan, register_method, replace_modules
+from pyfast.methods.base import Plan, refuse_meta, register_method, replace_modules
 from pyfast.methods.saved import plan_saved
 from pyfast.methods.targets import (
     linear_modules,
@@ -26,6 +26,8 @@ from pyfast.methods.targets import (
 )
 from pyfast.nn import AdapterLayer, Weight, weight_of
 from pyfast.nn.adapter_layer import has_hooks
+from pyfast.nn.dora import DoraMagnitude, dora_joined, dora_linear, row_norms
+from pyfast.nn.group import GroupMember, Part, part_of
 
 _MAX_ALPHA = 1e9
 _MAX_RANK = 1 << 16
@@ -51,7 +53,7 @@ class LoraConfig:
         rank_pattern: end of a module's path (regular expression) to its own rank.
         alpha_pattern: the same for lora_alpha.
         bias: "none"; others are refused.
-        use_dora: refused until the fused kernels carry it.
+        use_dora: learn the norm of each row of W + s B A as well (DoRA; Liu et al., 2024).
         fan_in_fan_out: accepted; the layout is read off the module.
         task_type, base_model_name_or_path, revision, inference_mode: written to the adapter's file.
     """
@@ -103,10 +105,8 @@ class LoraConfig:
             )
         if self.bias != "none":
             raise UnsupportedError(f"LoraConfig: bias={self.bias!r} is not served; use bias='none'")
-        if self.use_dora:
-            raise UnsupportedError(
-                "LoraConfig: use_dora=True is not served yet; use use_dora=False, or PEFT for DoRA"
-            )
+        if not isinstance(self.use_dora, bool):
+            raise ConfigError(f"LoraConfig: use_dora={self.use_dora!r} must be True or False")
 
     def ranks_and_scales(
         self, paths: list[str], *, allow_unmatched: bool = False
@@ -130,16 +130,17 @@ class LoraConfig:
         return ranks, scales
 
 
-class LoraLinear(AdapterLayer):
-    """A linear layer of any weight format with LoRA adapters; parameters `lora_A.<name>.weight` [R, K]
-    and `lora_B.<name>.weight` [N, R]."""
+class LoraLinear(GroupMember, AdapterLayer):
+    """A linear layer of any weight format with LoRA adapters; parameters `lora_A.<name>.weight` [R, K],
+    `lora_B.<name>.weight` [N, R] and, for DoRA, `lora_magnitude_vector.<name>.weight` [N]."""
 
-    containers = ("lora_A", "lora_B")
+    containers = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
 
@@ -151,8 +152,9 @@ class LoraLinear(AdapterLayer):
         dropout: float,
         init: bool | str,
         dtype: torch.dtype,
+        dora: bool = False,
     ) -> None:
-        """Add an adapter; see `LoraConfig.init_lora_weights`."""
+        """Add an adapter; see `LoraConfig.init_lora_weights`. DoRA's norms start as those of W + s B A."""
         weight = self.base_weight
         a = nn.Linear(weight.in_features, rank, bias=False, device=weight.device, dtype=dtype)
         b = nn.Linear(rank, weight.out_features, bias=False, device=weight.device, dtype=dtype)
@@ -164,41 +166,105 @@ class LoraLinear(AdapterLayer):
             nn.init.zeros_(b.weight)
         self.lora_A[name], self.lora_B[name] = a, b
         self.scaling[name], self.dropout[name] = scale, dropout
+        if dora:
+            self.lora_magnitude_vector[name] = DoraMagnitude(self._norms(name).to(dtype))
 
     def remove(self, name: str) -> None:
         super().remove(name)
         self.scaling.pop(name, None)
         self.dropout.pop(name, None)
 
+    def adapter_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """As the base class, with PEFT's file key for the norms: `lora_magnitude_vector` alone."""
+        for key, parameter in super().adapter_tensors(name):
+            norms = key == "lora_magnitude_vector.weight"
+            yield ("lora_magnitude_vector" if norms else key), parameter
+
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+
+    def _magnitude(self, name: str) -> Any:
+        """The `DoraMagnitude` of an adapter; None where it has no norms of its own."""
+        return self.lora_magnitude_vector._modules.get(name)
+
+    def _norms(self, name: str) -> Tensor:
+        """||W + s B A|| of each row."""
+        weight, factors = self.base_weight, self._factors(name)
+        if any(tensor.is_meta for tensor in factors):
+            raise UnsupportedError(
+                f"DoRA needs the norms of W + s B A, but adapter {name!r} lies on the meta device, where "
+                "offloading keeps what is not in use; leave adapters on their device"
+            )
+        return row_norms(weight, *factors, self.scaling[name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., K] to [..., N] with every active adapter; the first one is fused with the base."""
         if not self.enabled or not self.active or self.merged:
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
-        y: Tensor
+        y: Tensor | None
         first, *others = self.active
-        base, a, b = self.base_layer, self.lora_A[first], self.lora_B[first]
+        base, magnitude = self.base_layer, self._magnitude(first)
+        scale, dropout = self.scaling[first], self.dropout[first] if self.training else 0.0
+        group = None if dropout or args or kwargs else self.live_group()
+        if group is not None:
+            y = group.output(self, x, self.lora_part())
+            if y is not None:
+                return y
+        a: Any = self.lora_A[first]
+        b: Any = self.lora_B[first]
         # Hooks that watch a part or serve it (offloading): then the parts are called.
         hooked = has_hooks(base) or has_hooks(a) or has_hooks(b)
+        hooked = hooked or (magnitude is not None and has_hooks(magnitude))
         weight = None if hooked else weight_of(base)
         if weight is None:
             y, others = base(x, *args, **kwargs), self.active
         else:
-            dropout = self.dropout[first] if self.training else 0.0
-            y = weight.lora_linear(x, a.weight, b.weight, self.scaling[first], dropout)  # type: ignore[arg-type]
+            if magnitude is None:
+                y = weight.lora_linear(x, a.weight, b.weight, scale, dropout)
+            else:
+                norms = magnitude.weight
+                y = dora_linear(weight, x, a.weight, b.weight, scale, dropout, norms, base)
         for name in others:
-            y = y + self._addition(name, x).to(y.dtype)
+            y = self._joined(name, x, y)
         return y
 
-    def _addition(self, name: str, x: Tensor) -> Tensor:
-        """s dropout(x) A^T B^T in the factors' dtype, by calling the modules that hold them."""
+    def frozen_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def lora_part(self) -> Part | None:
+        if self._disabled or len(self.active) != 1 or self.merged:
+            return None
+        (name,) = self.active
+        held: Any = self._modules  # nn.Module's own search costs half a microsecond each time
+        if name in held["lora_magnitude_vector"]._modules:
+            return None
+        a, b = held["lora_A"]._modules[name], held["lora_B"]._modules[name]
+        scale, dropout = self.scaling[name], self.dropout[name]
+        drops = self.training and dropout > 0.0
+        return part_of(self, held["base_layer"], a, b, scale, dropout, drops)
+
+    def _joined(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """A result with one more adapter in it, by calling the modules that hold its parts."""
         a: Any = self.lora_A[name]
         dropped = nn.functional.dropout(x.to(a.weight.dtype), self.dropout[name], self.training)
         low: Tensor = self.lora_B[name](a(dropped))
-        return low * self.scaling[name]
+        addition, magnitude = low * self.scaling[name], self._magnitude(name)
+        if magnitude is None:
+            return y + addition.to(y.dtype)
+        scale, product = magnitude(self._norms(name)), None
+        if self.training and self.dropout[name] > 0.0:
+            product = self.base_layer.forward(dropped.to(x.dtype))  # hooks have seen x already
+        return dora_joined(y, product, addition, scale, self.bias).to(y.dtype)
+
+    def merge_into(self, matrix: Tensor, name: str) -> Tensor:
+        """W + s B A, for DoRA scaled to the learned norms."""
+        merged = matrix + self.delta(name)
+        magnitude = self._magnitude(name)
+        if magnitude is not None:
+            scale: Tensor = magnitude(self._norms(name))
+            merged = merged * scale[:, None]
+        return merged
 
     def delta(self, name: str) -> Tensor:
         """s B A in float32, or float64 where the factors are."""
@@ -243,6 +309,9 @@ class LoraMethod:
             weight = served_weight(path, linears[path])
             shapes[f"{path}.lora_A.weight"] = (ranks[path], weight.in_features)
             shapes[f"{path}.lora_B.weight"] = (weight.out_features, ranks[path])
+            if config.use_dora:
+                refuse_meta("use_dora", [(f"{path}.weight", linears[path].weight)])  # type: ignore[list-item]
+                shapes[f"{path}.lora_magnitude_vector"] = (weight.out_features,)
 
         def commit() -> None:
             wrapped: dict[nn.Module, nn.Module] = {}
@@ -259,6 +328,7 @@ class LoraMethod:
                     config.lora_dropout,
                     config.init_lora_weights,
                     _adapter_dtype(layer.base_weight, autocast_adapter_dtype),
+                    config.use_dora,
                 )
             replace_modules(model, wrapped.get)
             saved.commit()

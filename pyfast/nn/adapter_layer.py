@@ -154,6 +154,10 @@ class AdapterLayer(Switchable):
         """What merging the adapter adds to W [N, K], in float32 or wider."""
         raise NotImplementedError
 
+    def merge_into(self, matrix: Tensor, name: str) -> Tensor:
+        """W [N, K] with one more adapter in it."""
+        return matrix + self.delta(name)
+
     def merge(self, names: list[str], dtype: torch.dtype | None) -> None:
         """Add the adapters' deltas to the base weight; `unmerge` restores it bit for bit.
 
@@ -167,7 +171,7 @@ class AdapterLayer(Switchable):
         dense = weight.dense()
         dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
         for name in names:
-            dense = dense + self.delta(name)
+            dense = self.merge_into(dense, name)
         dense = dense.to((None if isinstance(weight, DenseWeight) else dtype) or weight.dtype)
         bad = int((~torch.isfinite(dense)).sum())
         if bad:

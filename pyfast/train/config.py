@@ -22,6 +22,7 @@ class AdapterOptions:
         dropout: Probability that an input element of the adapter is dropped in training.
         targets: "all-linear", one regular expression, or a list of module names.
         rslora: Scale by alpha / sqrt(r) instead.
+        dora: Learn the norm of each output's weights apart from their direction (DoRA).
     """
 
     r: int = 16
@@ -29,6 +30,7 @@ class AdapterOptions:
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
     rslora: bool = False
+    dora: bool = False
 
 
 @dataclass

@@ -90,6 +90,7 @@ def prepare_model(
             lora_dropout=options.dropout,
             target_modules=options.targets,
             use_rslora=options.rslora,
+            use_dora=options.dora,
             task_type="CAUSAL_LM",
             # Not the path that the default model has on this machine: PEFT loads it from the hub.
             base_model_name_or_path=HUB_ID if config.model == "default" else in_full(config.model),

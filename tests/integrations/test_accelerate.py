@@ -103,11 +103,15 @@ def test_our_op_runs_and_names_stay():
     assert all(isinstance(m, peft.tuners.lora.Linear) for m in modules if hasattr(m, "lora_A"))
     with recorded_kernels() as kernels:
         logits(model)
-    assert [op for op, _ in kernels].count("lora_linear") == 14
+    assert [op for op, _ in kernels] == ["lora_group", "lora_linear"] * 4
+    layer = "base_model.model.model.layers.0"
     assert str(report) == (
         "pyfast serves 14 of 15 linear modules\n"
-        "    14 x PEFT Linear: pyfast.lora_linear (first: "
-        "base_model.model.model.layers.0.self_attn.q_proj)\n"
+        "     6 x PEFT Linear: pyfast.lora_group of q_proj, k_proj, v_proj (first: "
+        f"{layer}.self_attn.q_proj)\n"
+        f"     4 x PEFT Linear: pyfast.lora_linear (first: {layer}.self_attn.o_proj)\n"
+        "     4 x PEFT Linear: pyfast.lora_group of gate_proj, up_proj (first: "
+        f"{layer}.mlp.gate_proj)\n"
         "     1 x Linear: left alone: a dense linear without adapter: torch serves it best (first: "
         "base_model.model.lm_head)"
     )
@@ -259,10 +263,7 @@ class Odd(nn.Module):
         ),
         (
             {"target_modules": ["dora"], "use_dora": True},
-            {
-                "linear": "a dense linear without adapter: torch serves it best",
-                "dora": "it uses a LoRA variant such as DoRA",
-            },
+            {"linear": "a dense linear without adapter: torch serves it best"},
         ),
         (
             {"target_modules": ["linear"], "lora_bias": True},

@@ -137,7 +137,6 @@ def test_sequence_classification(tmp_path):
 
 
 UNSERVED = {
-    "use_dora": {"use_dora": True},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
     "target_parameters": {"target_parameters": ["up_proj.weight"]},

@@ -175,7 +175,7 @@ CONFIGS = [
     (ConfigError, {"lora_dropout": float("nan")}, "lora_dropout=nan must be in [0, 1)"),
     (ConfigError, {"lora_dropout": "x"}, "lora_dropout='x' must be in [0, 1)"),
     (UnsupportedError, {"bias": "all"}, "bias='all' is not served; use bias='none'"),
-    (UnsupportedError, {"use_dora": True}, "use_dora=True is not served yet"),
+    (ConfigError, {"use_dora": 1}, "use_dora=1 must be True or False"),
     (UnsupportedError, {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not served"),
 ]
 

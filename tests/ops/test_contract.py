@@ -34,8 +34,8 @@ def test_the_fake_tells_the_truth(case, dtype, device):
         fake_args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in plain]
         fake = OPS[case.op].overload(*fake_args)
     pairs = zip(
-        real if isinstance(real, tuple) else (real,),
-        fake if isinstance(fake, tuple) else (fake,),
+        real if isinstance(real, (tuple, list)) else (real,),
+        fake if isinstance(fake, (tuple, list)) else (fake,),
         strict=True,
     )
     for got, told in pairs:

@@ -83,7 +83,7 @@ def test_is_as_near_to_float64_as_torch(shape, rank, dtype):
 
 
 MAKING = {16: "gemm_sm90_128x256_cooperative_2x1_making_16"}
-MAKING |= {64: MAKING[16].replace("16", "64")}
+MAKING |= {128: MAKING[16].replace("16", "128")}
 WIDE_SHAPES = [
     (1100, 2056, 2056),
     (515, 4104, 2304),
@@ -95,14 +95,14 @@ WIDE_SHAPES = [
 @pytest.mark.skipif(not SM90, reason="needs compute capability 9.0")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 16, 17, 64])
+@pytest.mark.parametrize("rank", [1, 16, 17, 64, 100, 128])
 def test_gemms_that_make_their_low_rank_operand(shape, rank, dtype):
     for adapter_dtype, by_out in ((dtype, True), (torch.float32, True), (dtype, False)):
         x, w, a, b, dy = operands(*shape, rank, dtype, adapter_dtype, by_out)
         with ops.recorded_kernels() as ran:
             y = ops.lora_linear(x, w, a, b, scale=SCALE)
             y.backward(dy)
-        assert {name for _, name in ran} == {MAKING[16 if rank <= 16 else 64]}
+        assert {name for _, name in ran} == {MAKING[16 if rank <= 16 else 128]}
         expected, plain = exact(x, w, a, b, dy), composed(x, w, a, b, dy)
         check((y.detach(), x.grad, a.grad, b.grad), expected, plain)
 

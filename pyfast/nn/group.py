@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapted linears that read one input (q, k and v; gate and up), computed together by `lora_group`.
+
+The member that is called first computes all that can be computed with it and keeps the others' outputs;
+they return them when they are called with the same tensor in the same state. In any other case a member
+computes its own output as if there were no group, so that no model's forward has to know of it.
+
+What a member does must follow from its arguments and the calls before it in the same checkpointed
+region, since the region is run again: a group never learns from calls that went by.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyfast.nn.adapter_layer import has_hooks
+from pyfast.nn.weight import DenseWeight, weight_of
+from pyfast.ops._scratch import raw_stream
+from pyfast.ops.lora_group import lora_group
+
+State = tuple[Any, ...]
+
+
+class Part(NamedTuple):
+    """A linear layer that is one LoRA product over a dense weight."""
+
+    weight: DenseWeight
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float
+    drops: bool
+    """Whether dropout is on now."""
+
+    def fits(self, other: Part) -> bool:
+        """Whether the two can be computed together if they have one input."""
+        mine, theirs = self.weight.tensor, other.weight.tensor
+        return (
+            mine.shape[1] == theirs.shape[1]
+            and mine.dtype is theirs.dtype
+            and mine.device == theirs.device
+            and self.scale == other.scale
+        )
+
+    def state(self) -> State:
+        """What changes if what the output depends on is changed or replaced."""
+        weight, a, b, bias = self.weight.tensor, self.a, self.b, self.weight.bias
+        return (
+            self.scale, self.drops,
+            weight.data_ptr(), weight._version, weight.requires_grad,
+            a.data_ptr(), a._version, a.requires_grad,
+            b.data_ptr(), b._version, b.requires_grad,
+            None if bias is None else (bias.data_ptr(), bias._version, bias.requires_grad),
+        )  # fmt: skip
+
+
+def part_of(
+    layer: nn.Module,
+    base: nn.Module,
+    a: nn.Module,
+    b: nn.Module,
+    scale: float,
+    dropout: float,
+    drops: bool,
+) -> Part | None:
+    """A layer's part; None where hooks watch it or its modules, where its weight is quantised or not on the
+    CPU, and where one of its weights is no parameter but made anew for each use."""
+    if has_hooks(layer) or has_hooks(base) or has_hooks(a) or has_hooks(b):
+        return None
+    weight, a_rk, b_nr = weight_of(base), a._parameters.get("weight"), b._parameters.get("weight")
+    if a_rk is None or b_nr is None or "weight" not in base._parameters:
+        return None
+    # Changes to tensors made in inference mode would go unnoticed.
+    if not isinstance(weight, DenseWeight) or weight.tensor.is_inference():
+        return None
+    if a_rk.is_inference() or b_nr.is_inference():
+        return None
+    # On CUDA the group is a composition so far: 1.13 of the frozen q, k and v replayed from a graph, where
+    # each by its own kernels takes 1.19, but launched from Python 1.64 against 1.28.
+    if weight.tensor.device.type != "cpu":
+        return None
+    return Part(weight, a_rk, b_nr, scale, dropout, drops)
+
+
+class GroupMember:
+    """Mixed in front of a layer's class, whose forward asks `live_group` first."""
+
+    input_group: InputGroup | None = None
+    input_name = ""
+    """What the group calls this layer."""
+
+    def frozen_layer(self) -> nn.Module:
+        """The layer inside that holds the weight."""
+        raise NotImplementedError
+
+    def lora_part(self) -> Part | None:
+        """This layer as it is now; None if it is anything but one LoRA product over a dense weight."""
+        raise NotImplementedError
+
+    def live_group(self) -> InputGroup | None:
+        """The group, which may have this layer's output; a compiled graph has none."""
+        return None if torch.compiler.is_compiling() else self.input_group
+
+    def company(self) -> dict[str, Part]:
+        """The members that are computed together with this one while dropout is off, it among them; empty if
+        there are no others."""
+        return {} if self.input_group is None else self.input_group.together(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if self.input_group is not None:
+            self.input_group.seat(self.input_name, self)
+
+    def extra_repr(self) -> str:
+        """What the layer says of itself, and the names of those that it is computed with."""
+        own: str = super().extra_repr()  # type: ignore[misc]
+        parts = self.company()
+        return ", ".join(filter(None, [own, f"group={'+'.join(parts)}" if parts else ""]))
+
+
+class InputGroup:
+    """The members by name, held weakly, and the outputs that they have yet to take.
+
+    A copy is empty; the copies of the members take their seats in it as they are made.
+    """
+
+    def __init__(self) -> None:
+        self._seats: dict[str, weakref.ref[GroupMember]] = {}
+        self._kept: _Kept | None = None
+
+    def __reduce__(self) -> Any:
+        return InputGroup, ()
+
+    def _at(self, name: str) -> GroupMember | None:
+        found = self._seats.get(name)
+        return None if found is None else found()
+
+    def seat(self, name: str, member: GroupMember) -> None:
+        """Let a layer be a member, unless another one has the seat: a shallow copy's original."""
+        if self._at(name) is None:
+            self._seats[name] = weakref.ref(member)
+
+    def together(self, member: GroupMember) -> dict[str, Part]:
+        """See `GroupMember.company`."""
+        mine = member.lora_part() if self._at(member.input_name) is member else None
+        return {} if mine is None else self._together(member, mine)
+
+    def _together(self, member: GroupMember, mine: Part) -> dict[str, Part]:
+        found = {}
+        for name in self._seats:
+            other = self._at(name)
+            part = mine if other is member else other.lora_part() if other is not None else None
+            if part is not None and mine.fits(part):
+                found[name] = part
+        return found if len(found) > 1 else {}
+
+    def output(self, member: GroupMember, x: Tensor, mine: Part | None) -> Tensor | None:
+        """A member's output for x, kept for it or computed with the others'; None if it has to compute its
+        own. `mine` is its part."""
+        name = member.input_name
+        if self._at(name) is not member:  # a replica that shares the original's attributes
+            return None
+        now, kept = _state(x), self._kept
+        if kept is not None:
+            same = kept.input() is x and kept.state == now
+            y, made_from = kept.outputs.pop(name, (None, None)) if same else (None, None)
+            if not same or not kept.outputs:
+                self._kept = None
+            if y is not None and mine is not None and mine.state() == made_from:
+                return y
+        if now is None or mine is None or mine.drops:
+            return None
+        parts = {n: p for n, p in self._together(member, mine).items() if not p.drops}
+        if len(parts) < 2:
+            return None
+        self._kept = None  # its memory is free for what follows
+        ys = _compute(x, list(parts.values()))
+        outputs = {n: (y, p.state()) for (n, p), y in zip(parts.items(), ys, strict=True)}
+        mine_y, _ = outputs.pop(name)
+        self._kept = _Kept(x, now, outputs, mine_y.grad_fn)
+        return mine_y
+
+
+def _compute(x: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:
+    return lora_group(
+        x,
+        [part.weight.tensor for part in parts],
+        [part.a for part in parts],
+        [part.b for part in parts],
+        scales=[part.scale for part in parts],
+        biases=[part.weight.bias for part in parts],
+    )
+
+
+def _state(x: Tensor) -> State | None:
+    """What outputs depend on besides the members, and what must not change until they are taken; None where
+    nothing is kept: changes to x cannot be noticed, or hooks or a trace have to see each member's call."""
+    kind = x.device.type if type(x) in (Tensor, nn.Parameter) else ""
+    if (
+        kind not in ("cpu", "cuda")
+        or x.is_inference()
+        or torch._C._get_tracing_state()
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    ):
+        return None
+    return (
+        x._version,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        # A checkpointed region has its own: what is saved inside must not serve outside of it.
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        raw_stream(x.device.index) if kind == "cuda" else None,
+    )
+
+
+class _Kept:
+    """Outputs that wait for their members, with the state of the part that each was made from: until a member
+    is called with another input or in another state, until the backward through them, or the end of x."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        state: State,
+        outputs: dict[str, tuple[Tensor, State]],
+        node: torch.autograd.graph.Node | None,
+    ) -> None:
+        self.state: State | None = state
+        self.outputs = outputs
+        forget = partial(_forget, weakref.ref(self))
+        self.input = weakref.ref(x, forget)
+        if node is not None:
+            node.register_prehook(forget)
+
+
+def _forget(kept: weakref.ref[_Kept], *_: Any) -> None:
+    found = kept()
+    if found is not None:
+        found.outputs.clear()
+        found.state = None  # of a checkpointed region it holds the inputs
+
+
+def _is_dense(member: GroupMember) -> bool:
+    return isinstance(weight_of(member.frozen_layer()), DenseWeight)
+
+
+def form_groups(candidates: Iterable[Mapping[str, nn.Module]]) -> None:
+    """Make groups of the layers over dense weights among modules that read one input, given by name.
+
+    A layer that is found twice, since it serves in several places, stays alone with its company.
+    """
+    found = [
+        {name: m for name, m in each.items() if isinstance(m, GroupMember) and _is_dense(m)}
+        for each in candidates
+    ]
+    uses = Counter(id(member) for members in found for member in members.values())
+    for members in found:
+        if len(members) > 1 and all(uses[id(member)] == 1 for member in members.values()):
+            group = InputGroup()
+            for name, member in members.items():
+                member.input_group, member.input_name = group, name
+                group.seat(name, member)

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two or three LoRA linears that read one input (q, k and v; gate and up), forward and backward.
+
+Letters as in `lora`; member i has W_i [N_i, K], A_i [R_i, K], B_i [N_i, R_i] and a scale s_i:
+
+    z_i  = s_i x A_i^T         y_i  = x W_i^T + bias_i + z_i B_i^T
+    dz_i = s_i dy_i B_i        dx   = sum_i dy_i W_i + dz_i A_i
+    dA_i = dz_i^T x            dB_i = dy_i^T z_i
+
+x is read once for all z_i and once for all dA_i, and dx is summed in one tensor. All z_i lie side by side
+in z, each from a multiple of 8 columns on, with zeros between. There is no dropout here: each adapter
+would draw a mask of its own.
+
+One node stands for the group in the graph: derivatives of several members come from one backward, or
+from several with retain_graph=True.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfast.ops import _check, _library, _lora_group_launch
+from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops._lora_group_launch import MOST, columns, members, shaped, stacked
+from pyfast.ops.lora import _COMPUTE, _scaled_product
+
+
+def _schema(kinds: str) -> str:
+    """Arguments of each kind for every member; the last member may be absent."""
+    names = [kind.split() for kind in kinds.split(", ")]
+    return ", ".join(
+        f"{type_ + '?' if i == MOST and not type_.endswith('?') else type_} {name}{i}"
+        for type_, name in names
+        for i in range(1, MOST + 1)
+    )
+
+
+def _check_group(*args: Any) -> None:
+    x, scales = args[0], args[-1]
+    weights, biases, a, b = members(args[1:-1])
+    _check.check_dtype("lora_group", "x", x, _COMPUTE)
+    k = _check.features("lora_group", "x", x)
+    if len(scales) != len(weights):
+        raise ValueError(
+            f"lora_group: {len(weights)} linears need as many scales, got {len(scales)}"
+        )
+    for i, member in enumerate(zip(weights, biases, a, b, strict=True)):
+        if not _fits(x, k, *member):
+            _check_member(i, x, k, *member)
+
+
+def _fits(x: Tensor, k: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor, b_nr: Tensor) -> bool:
+    """Whether `_check_member` has nothing to say; its texts would cost 5 us a member."""
+    device, dtype = x.device, x.dtype
+    return (
+        a_rk is not None
+        and b_nr is not None
+        and a_rk.device == b_nr.device == w_nk.device == device
+        and a_rk.dim() == b_nr.dim() == 2
+        and a_rk.shape == (b_nr.shape[1], k)
+        and w_nk.shape == (b_nr.shape[0], k)
+        and w_nk.dtype is dtype
+        and a_rk.dtype in _COMPUTE
+        and b_nr.dtype in _COMPUTE
+        and (
+            bias is None
+            or (bias.dtype is dtype and bias.device == device and bias.shape == b_nr.shape[:1])
+        )
+    )
+
+
+def _check_member(
+    i: int, x: Tensor, k: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor, b_nr: Tensor
+) -> None:
+    op, weight, a, b = "lora_group", f"weights[{i}]", f"a[{i}]", f"b[{i}]"
+    if a_rk is None or b_nr is None:
+        raise ValueError(f"{op}: {weight} needs {a} and {b}")
+    named = {weight: w_nk, a: a_rk, b: b_nr, f"biases[{i}]": bias}
+    _check.check_same_device(op, x, **named)
+    r, n = _check.rows(op, a, a_rk), _check.rows(op, b, b_nr)
+    _check.check_shape(op, a, a_rk, (r, k))
+    _check.check_shape(op, b, b_nr, (n, r))
+    _check.check_shape(op, weight, w_nk, (n, k))
+    _check.check_dtype(op, weight, w_nk, (x.dtype,))
+    _check.check_dtype(op, a, a_rk, _COMPUTE)
+    _check.check_dtype(op, b, b_nr, _COMPUTE)
+    if bias is not None:
+        _check.check_dtype(op, f"biases[{i}]", bias, (x.dtype,))
+        _check.check_shape(op, f"biases[{i}]", bias, (n,))
+
+
+def _padded_outputs(ys: list[Tensor], z: Tensor) -> tuple[Tensor, ...]:
+    """As many outputs as the schema has; that of an absent member is empty."""
+    return (*ys, *(z.new_empty(0) for _ in range(MOST - len(ys))), z)
+
+
+def _group_fake(*args: Any) -> tuple[Tensor, ...]:
+    _check_group(*args)
+    x = args[0]
+    _, _, a, b = members(args[1:-1])
+    ys = [x.new_empty((*x.shape[:-1], b_nr.shape[0])) for b_nr in b]
+    return _padded_outputs(ys, x.new_empty((math.prod(x.shape[:-1]), columns(a)[-1])))
+
+
+def _group_reference(*args: Any) -> tuple[Tensor, ...]:
+    _check_group(*args)
+    x, scales = args[0], args[-1]
+    weights, biases, a, b = members(args[1:-1])
+    x_mk = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    at = columns(a)
+    if len(set(scales)) == 1:
+        z = _scaled_product(x_mk, stacked(a, x.dtype).t(), scales[0])
+    else:
+        z = x_mk.new_zeros(x_mk.shape[0], at[-1])
+        for first, a_rk, scale in zip(at, a, scales, strict=False):
+            z_mr = z[:, first : first + a_rk.shape[0]]
+            z_mr.addmm_(x_mk, a_rk.to(x.dtype).t(), beta=0, alpha=scale)
+    ys = []
+    for first, w_nk, bias, b_nr in zip(at, weights, biases, b, strict=False):
+        y_mn = torch.nn.functional.linear(x_mk, w_nk, bias)
+        y_mn.addmm_(z[:, first : first + b_nr.shape[1]], b_nr.to(x.dtype).t())
+        ys.append(shaped(y_mn, x))
+    return _padded_outputs(ys, z)
+
+
+def _backward_fake(*args: Any) -> list[Tensor]:
+    x, wanted = args[MOST], args[-1]
+    like = (x, *args[MOST + 2 : -2])
+    return [
+        x.new_empty(tuple(tensor.shape), dtype=tensor.dtype)
+        for tensor, want in zip(like, wanted, strict=True)
+        if want
+    ]
+
+
+def _backward_reference(*args: Any) -> list[Tensor]:
+    x, z, scales, wanted = args[MOST], args[MOST + 1], args[-2], args[-1]
+    weights, a, b = members(args[MOST + 2 : -2])
+    want_x, wants = wanted[0], members(wanted[1:], len(weights))
+    m, at = z.shape[0], columns(a)
+    x_mk = x.reshape(m, x.shape[-1])
+    dys = {i: dy.reshape(m, b[i].shape[0]) for i, dy in enumerate(args[:MOST]) if dy is not None}
+    dz = x.new_zeros(z.shape)
+    if want_x or any(wants[1]):
+        for i, dy_mn in dys.items():
+            dz_mr = dz[:, at[i] : at[i] + b[i].shape[1]]
+            dz_mr.addmm_(dy_mn, b[i].to(x.dtype), beta=0, alpha=scales[i])
+    grads = []
+    if want_x:
+        grad_x = dz @ stacked(a, x.dtype)
+        for i, dy_mn in dys.items():
+            grad_x.addmm_(dy_mn, weights[i])
+        grads.append(grad_x.view(x.shape))
+    grads += [dys[i].t() @ x_mk for i, want in enumerate(wants[0]) if want]
+    if any(wants[1]):
+        # Copies, since an op's outputs must not share memory.
+        grad_a = dz.t() @ x_mk
+        grads += [
+            grad_a[first : first + a_rk.shape[0]].to(a_rk.dtype, copy=True)
+            for first, a_rk, want in zip(at, a, wants[1], strict=False)
+            if want
+        ]
+    for i, b_nr in enumerate(b):
+        if wants[2][i]:
+            z_mr = z[:, at[i] : at[i] + b_nr.shape[1]]
+            grads.append((dys[i].t() @ z_mr).to(b_nr.dtype))
+    return grads
+
+
+_backward_plan = _library.planned(_lora_group_launch.plan)
+
+
+def _backward_kernel(*args: Any) -> list[Tensor]:
+    plan = _backward_plan(args[MOST], tuple(args[-2]), *args[MOST + 2 : -2], *args[:MOST])
+    if plan.reason:
+        result: list[Tensor] = _library.fall_back("lora_group_backward", plan.reason, *args)
+        return result
+    return _lora_group_launch.backward(plan, *args)
+
+
+_group_backward = _library.define(
+    f"lora_group_backward({_schema('Tensor? grad_y')}, Tensor x, Tensor z, "
+    f"{_schema('Tensor weight, Tensor a, Tensor b')}, float[] scales, bool[] wanted) -> Tensor[]",
+    fake=_backward_fake,
+    reference=_backward_reference,
+    kernel=_backward_kernel,
+    devices=("CUDA",),
+)
+
+
+class _LoraGroup(torch.autograd.Function):
+    """Saves x, z, the weights and the factors; formulas at the top of this file."""
+
+    @staticmethod
+    def forward(ctx, below, *args):  # type: ignore[no-untyped-def]
+        outputs = below(*args)
+        weights, _, a, b = (args[1 + i * MOST :][:MOST] for i in range(4))
+        ctx.save_for_backward(args[0], outputs[-1], *weights, *a, *b)
+        ctx.scales = args[-1]
+        _, want_x, *wants, _ = ctx.needs_input_grad
+        idle = [
+            y for i, y in enumerate(outputs[:MOST])
+            if weights[i] is None or not (want_x or any(wants[i::MOST]))
+        ]  # fmt: skip
+        ctx.mark_non_differentiable(outputs[-1], *idle)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @_library.once_differentiable
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        dys, needs = grads[:MOST], ctx.needs_input_grad
+        here = [dy is not None for dy in dys]
+        if not any(here):
+            return (None,) * len(needs)
+        saved = ctx.saved_tensors
+        want_x, *rest = needs[1:-1]
+        rest = [want and here[i % MOST] for i, want in enumerate(rest)]
+        want_bias = rest[MOST : 2 * MOST]
+        wanted = [want_x, *rest[:MOST], *rest[2 * MOST :]]
+        made = iter(_group_backward(*dys, *saved, ctx.scales, wanted) if any(wanted) else ())
+        results = [next(made) if want else None for want in wanted]
+        biases = [
+            dy.reshape(saved[1].shape[0], dy.shape[-1]).sum(0) if want else None
+            for dy, want in zip(dys, want_bias, strict=True)
+        ]
+        return (None, *results[: 1 + MOST], *biases, *results[1 + MOST :], None)
+
+
+@_library.planned
+def _forward_plan(*args: Any) -> _lora_group_launch.Plan:
+    _check_group(*args)
+    weights, _, a, b = (args[1 + i * MOST :][:MOST] for i in range(4))
+    return _lora_group_launch.plan(args[0], args[-1], *weights, *a, *b)
+
+
+def _group_kernel(*args: Any) -> tuple[Tensor, ...]:
+    plan = _forward_plan(*args[:-1], tuple(args[-1]))
+    if plan.reason:
+        result: tuple[Tensor, ...] = _library.fall_back("lora_group", plan.reason, *args)
+        return result
+    ys, z = _lora_group_launch.forward(plan, *args)
+    return _padded_outputs(ys, z)
+
+
+_group = _library.define(
+    f"lora_group(Tensor x, {_schema('Tensor weight, Tensor? bias, Tensor a, Tensor b')}, "
+    f"float[] scales) -> ({', '.join(['Tensor'] * (MOST + 1))})",
+    fake=_group_fake,
+    reference=_group_reference,
+    kernel=_group_kernel,
+    devices=("CUDA",),
+    autograd=_LoraGroup,
+)
+
+
+def lora_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *,
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """y_i = x W_i^T + bias_i + scale_i x A_i^T B_i^T for two or three linears of one input.
+
+    Differentiable in all tensors; what is computed, cast and rounded is as in `lora_linear`.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16.
+        weights: each [N_i, K] of x's dtype.
+        a: each lora_A, [R_i, K].
+        b: each lora_B, [N_i, R_i].
+        scales: of each adapter.
+        biases: each [N_i] or None.
+
+    Returns:
+        Each [..., N_i] of the compute dtype.
+
+    Raises:
+        ValueError: numbers, shapes or devices do not fit.
+        TypeError: a weight's dtype is not the compute dtype.
+    """
+    count = len(weights)
+    biases = (None,) * count if biases is None else biases
+    if not 2 <= count <= MOST or not count == len(a) == len(b) == len(biases):
+        got = ", ".join(str(len(each)) for each in (weights, a, b, biases))
+        raise ValueError(
+            f"lora_group: needs 2 to {MOST} weights and as many a, b and biases, got {got}"
+        )
+    x, *cast = cast_for_autocast(x, *weights, *biases)
+    full = [None] * (MOST - count)
+    biases = [None if bias is None else bias.to(x.dtype) for bias in cast[count:]]
+    outputs = _group(
+        x, *cast[:count], *full, *biases, *full, *a, *full, *b, *full, tuple(scales)
+    )  # fmt: skip
+    ys: tuple[Tensor, ...] = outputs[:count]
+    return ys

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of layers: no output outlives its use, and copies, replicas and threads do not meet."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from pyfast.nn.group import InputGroup, form_groups
+from tests.nn.test_group import Trio, close, inputs, plain, served
+
+
+def waiting(trio):
+    """The outputs that wait, weakly."""
+    found = [] if trio.q.input_group._kept is None else trio.q.input_group._kept.outputs.values()
+    return [weakref.ref(y) for y, _ in found]
+
+
+def test_what_is_never_taken_is_dropped():
+    trio = Trio()
+    x = inputs() * 1
+    first = trio.q(x)
+    refs = waiting(trio)
+    assert len(refs) == 2
+    first.sum().backward()
+    assert not any(ref() is not None for ref in refs)  # by the backward
+    with torch.no_grad():
+        trio.q(x)
+        refs = waiting(trio)
+        del x
+        assert not any(ref() is not None for ref in refs)  # by the end of the input
+    x = inputs()
+    trio.q(x)
+    refs = waiting(trio)
+    trio(inputs(2), "k")
+    assert not any(ref() is not None for ref in refs)  # by the next input
+    refs = waiting(trio)
+    group = weakref.ref(trio.q.input_group)
+    del trio
+    gc.collect()
+    assert group() is None
+    assert not any(ref() is not None for ref in refs)  # by the end of the model
+
+
+def test_a_step_leaves_no_output():
+    trio, x = Trio(), inputs()
+    first = trio.q(x)
+    refs = [weakref.ref(first), *waiting(trio)]
+    (first.sum() + sum(y.sum() for y in trio(x, "kv"))).backward()
+    del first
+    assert trio.q.input_group._kept is None
+    assert not any(ref() is not None for ref in refs)
+
+
+# --- copies, replicas, threads ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_have_groups_of_their_own(make):
+    trio, x = Trio(), inputs()
+    keys = list(trio.state_dict())
+    trio.q(x)
+    other = make(trio)
+    assert list(other.state_dict()) == keys
+    assert other.q.input_group is not trio.q.input_group
+    assert other.q.input_group is other.v.input_group
+    with torch.no_grad():
+        other.k.lora_B["default"].weight.add_(1)
+    ys, ran = served(lambda: other(x))
+    assert ran == ["group"]
+    close(ys, plain(other, x))
+    ys, ran = served(lambda: trio(x, "kv"))
+    assert ran == []  # what it kept before it was copied
+    close(ys, plain(trio, x, "kv"))
+    alone = make(trio.v)
+    close([alone(x)], plain(trio, x, "v"))
+    assert alone.extra_repr() == ""
+
+
+def test_shallow_copies_and_replicas_stay_out():
+    trio, x = Trio(), inputs(grad=False)
+    for other in (copy.copy(trio.q), trio.q._replicate_for_data_parallel()):
+        if "lora_A" not in other._modules:  # a replica is given its modules by its maker
+            other._modules = dict(trio.q._modules)
+        assert other.input_group is trio.q.input_group
+        y, ran = served(lambda other=other: other(x))
+        assert ran == ["linear"]
+        close([y], plain(trio, x, "q"))
+    _, ran = served(lambda: trio(x))
+    assert ran == ["group"]
+
+
+def test_threads_get_their_own_outputs():
+    trio, failures = Trio(), []
+    gate = threading.Barrier(4)
+
+    def work(seed):
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
+        want = plain(trio, x)
+        gate.wait()
+        with torch.no_grad():
+            for _ in range(200):
+                if not all(
+                    torch.allclose(a, b, atol=1e-5) for a, b in zip(trio(x), want, strict=True)
+                ):
+                    failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_layer_in_two_sets_stays_alone():
+    trio, other = Trio(), Trio()
+    other.q = trio.q
+    for layer in (*trio.children(), *other.children()):
+        layer.input_group = None
+    form_groups([dict(trio.named_children()), dict(other.named_children())])
+    assert not any(isinstance(m.input_group, InputGroup) for m in (trio.q, trio.k, other.v))
+    form_groups([{"q": trio.q, "k": nn.Linear(2, 2)}, {"a": trio.v, "b": trio.v}])
+    assert trio.q.input_group is None
+    assert trio.v.input_group is None
