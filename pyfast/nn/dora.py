@@ -74,7 +74,8 @@ def row_norms(weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         block = _dense_rows(weight, rows)
-        total = block.to(wide, copy=True)
+        # Row by row also where W is stored by in feature: cuBLAS refuses some such blocks as a result.
+        total = block.to(wide, copy=True, memory_format=torch.contiguous_format)
         total.addmm_(b[rows], a, alpha=scale)
         norms[rows] = torch.linalg.vector_norm(total, dim=1)
     return norms
