@@ -134,6 +134,8 @@ void bind_lora(py::module_& m) {
       "Bytes of workspace that both directions need.");
   m.def("lora_gemm_name", &gemm_name, "The GEMM kernel for a shape, or an empty name and why.");
   m.def("lora_gemm", &gemm, Unlocked(), "One GEMM with a given plan; for measuring.");
+  m.def("lora_allow_making", &lora::allow_making,
+        "Whether GEMMs may make their low-rank operand, which takes all of their SMs at once.");
   m.def("lora_gemm_kernels", [] {
     py::list names;
     for (const std::string_view name : lora::kGemmNames) names.append(name);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernels make a LoRA linear, and in which order they are launched.
 #include <algorithm>
+#include <tuple>
 
 #include "common/check.h"
 #include "common/launch.h"
@@ -148,22 +149,40 @@ void by_rank(SkinnyProduct product, std::int64_t rank, int sm_count, void* strea
   }
 }
 
+// Bytes of partial sums that a skinny product needs at most.
 std::int64_t most_partials(const Problem& problem, int sm_count) {
   std::int64_t most = 0;
   const auto consider = [&](std::int64_t cols, bool rows, bool by_rank) {
     SkinnyArgs args = skinny(problem, nullptr, 0, cols);
-    args.rank = static_cast<int>(std::min<std::int64_t>(problem.r, kSkinnyRank));
     args.u = rows ? &args : nullptr;  // only whether it is null matters here
     args.u_by_rank = by_rank;
-    most = std::max(most, skinny_workspace(args, sm_count));
+    // The last ranks may be served by a kernel that cuts T otherwise.
+    for (const std::int64_t rank :
+         {std::min<std::int64_t>(problem.r, kSkinnyRank), problem.r % kSkinnyRank}) {
+      if (rank == 0) continue;
+      args.rank = static_cast<int>(rank);
+      most = std::max(most, skinny_workspace(args, sm_count));
+    }
   };
   consider(problem.k, true, true);
   consider(problem.n, true, false);
   consider(problem.n, false, false);
   consider(problem.k, false, false);
-  if (problem.r <= 128) most = std::max(most, making_workspace(problem.m, problem.r));
   return most;
 }
+
+// Bytes of the regions for partial sums: the first serves z and dz, a pass's or a GEMM's own.
+struct Partials {
+  Partials(const Problem& problem, int sm_count)
+      : skinny(round_up(most_partials(problem, sm_count), 128)), first(skinny) {
+    const auto [m, n, k, r] = std::tuple(problem.m, problem.n, problem.k, problem.r);
+    if (plan_making(m, n, k, r, sm_count).columns > 0 ||
+        plan_making(m, k, n, r, sm_count).columns > 0) {
+      first = std::max(first, round_up(making_workspace(m, r), 128));
+    }
+  }
+  std::int64_t skinny, first;
+};
 
 // y = x W^T + bias + z B^T; transposed, dx = dy W + dz A. What is in, out and low rank comes after.
 GemmArgs gemm_args(const Problem& problem, bool transposed) {
@@ -226,7 +245,8 @@ std::int64_t workspace(const Problem& problem, int device) {
   const int sm_count = cuda_device(device).sm_count;
   const std::int64_t pitch_r = round_up(problem.r, 8);
   // Partial sums of products that may run at once, and compute copies of A and B.
-  return 3 * round_up(most_partials(problem, sm_count), 128) +
+  const Partials partials(problem, sm_count);
+  return partials.first + 2 * partials.skinny +
          2 * round_up(pitch_r * round_up(problem.k, 8) * 2, 128) +
          2 * round_up(pitch_r * round_up(problem.n, 8) * 2, 128);
 }
@@ -268,11 +288,11 @@ std::string_view forward(const Forward& params, const Placement& place) {
   const DeviceGuard guard(place.device);
   const int sm_count = cuda_device(place.device).sm_count;
   Arena arena(params.workspace);
-  void* partials = arena.take(most_partials(params, sm_count));
+  void* partials = arena.take(Partials(params, sm_count).first);
 
   GemmArgs gemm = gemm_args(params, false);
   MakingPlan making;  // where the GEMM makes z
-  if (params.w != nullptr && params.seed == nullptr) {
+  if (params.w != nullptr && params.seed == nullptr && making_allowed()) {
     making = plan_making(gemm.m, gemm.n, gemm.k, gemm.r, sm_count);
   }
   const bool makes = making.columns > 0;
@@ -314,16 +334,17 @@ std::string_view backward(const Backward& params, const Placement& place) {
   const bool gemm_runs = params.dx != nullptr && params.w != nullptr;
   Arena arena(params.workspace);
   // Three that may run at once.
-  void* partials = arena.take(most_partials(params, sm_count));
-  void* partials_db = arena.take(most_partials(params, sm_count));
-  void* partials_da = arena.take(most_partials(params, sm_count));
+  const Partials sizes(params, sm_count);
+  void* partials = arena.take(sizes.first);
+  void* partials_db = arena.take(sizes.skinny);
+  void* partials_da = arena.take(sizes.skinny);
 
   GemmArgs gemm = gemm_args(params, true);
   if (params.seed != nullptr) {
     gemm.mask = {params.seed, params.threshold, keep_scale(params.threshold)};
   }
   MakingPlan making;  // where the GEMM makes dz
-  if (gemm_runs && params.seed == nullptr) {
+  if (gemm_runs && params.seed == nullptr && making_allowed()) {
     making = plan_making(gemm.m, gemm.n, gemm.k, gemm.r, sm_count);
   }
   const bool makes = making.columns > 0;

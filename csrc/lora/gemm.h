@@ -48,10 +48,10 @@ struct GemmPlan {
   int kernel = -1;  // index into kGemmNames; -1: the library's GEMM is the better one
   int swizzle = 1;
   bool along_n = false;
-  int blocks = 0;  // of the grid; 0: as many as there are SMs
+  int blocks = 0;  // of the grid; 0: as few as the waves need
 };
 
-// Tile, schedule, cluster; what the last three are for: a mask, and making z of up to 16 or 64
+// Tile, schedule, cluster; what the last three are for: a mask, and making z of up to 16 or 128
 // ranks.
 inline constexpr std::string_view kGemmNames[] = {
     "gemm_sm90_128x256_cooperative_2x1",
@@ -73,6 +73,10 @@ struct MakingPlan {
 };
 MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
                        int sm_count);
+// Such a kernel starts when all of its SMs are free at once. Where kernels of others hold SMs until
+// a peer answers (NCCL), that costs their overlap, and two of them can wait in a circle: forbid it.
+void allow_making(bool allowed);
+bool making_allowed();
 std::int64_t making_workspace(std::int64_t m, std::int64_t r);
 constexpr int making_width(std::int64_t r) {
   return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;

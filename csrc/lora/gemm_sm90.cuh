@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/shared_memory.cuh"
 #include "lora/kernels.h"
 #include "lora/makes_z.cuh"
 #include "lora/two_pairs.cuh"
@@ -117,9 +118,7 @@ struct GemmSm90 {
     if constexpr (kKind != Kind::kPlain) params.mainloop.scheduler = params.scheduler;
     auto* kernel = &cutlass::device_kernel<Kernel>;
     constexpr int kShared = Kernel::SharedStorageSize;
-    static const cudaError_t raised =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    CUDA_CHECK("lora_linear", raised);
+    allow_shared_memory<&cutlass::device_kernel<Kernel>>("lora_linear", kShared);
 
     cudaLaunchConfig_t config{};
     config.gridDim = Kernel::get_grid_shape(params);

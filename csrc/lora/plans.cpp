@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 
@@ -22,6 +23,8 @@ constexpr Row kRows[] = {
 // faster; with a short one the launches decide, and ours are fewer.
 constexpr std::int64_t kFewTiles = 64, kShortK = 512;
 
+std::atomic<bool> allowed_now = true;
+
 }  // namespace
 
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k) {
@@ -41,6 +44,9 @@ GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k) 
   }
   return best;
 }
+
+void allow_making(bool allowed) { allowed_now = allowed; }
+bool making_allowed() { return allowed_now; }
 
 std::int64_t making_workspace(std::int64_t m, std::int64_t r) {
   const std::int64_t rows = (m + 255) / 256 * 256;  // whole clusters

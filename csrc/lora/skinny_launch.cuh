@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/device.h"
+#include "common/shared_memory.cuh"
 #include "lora/kernels.h"
 #include "lora/skinny.cuh"
 
@@ -71,9 +72,7 @@ std::int64_t workspace(const SkinnyGrid& grid) {
 
 template <class S, auto kKernel, class... Parameters>
 void enqueue(int blocks, Order order, cudaStream_t stream, const Parameters&... parameters) {
-  static const cudaError_t raised =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
-  CUDA_CHECK("lora_linear", raised);
+  allow_shared_memory<kKernel>("lora_linear", S::kShared);
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = kSkinnyThreads;

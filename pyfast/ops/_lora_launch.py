@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from pyfast import _extension
@@ -162,11 +162,26 @@ def _dense(
     return w
 
 
+_alone = True
+"""What C++ was told last by `_share_device`."""
+
+
+def _share_device() -> None:
+    """Let a GEMM take its SMs all at once only where no peer's answer can hold some of them."""
+    global _alone
+    alone = not (distributed.is_available() and distributed.is_initialized())
+    alone = alone or distributed.get_world_size() == 1
+    if alone is not _alone:
+        _extension.C.lora_allow_making(alone)
+        _alone = alone
+
+
 def _problem(
     plan: Plan, stream: int, space: Tensor, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor,
     scale: float, dropout: float, seed: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The arguments that both directions share."""
+    _share_device()
     counters = space.data_ptr()
     return (
         plan.device, stream, *plan.sizes, x.data_ptr(), plan.pitch_x,

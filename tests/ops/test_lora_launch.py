@@ -310,3 +310,19 @@ def test_workspaces_grow_and_stay_zero_ahead(monkeypatch):
     assert captured[0] is not captured[1]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert _scratch.workspace(like, 0, 50, 16) is larger
+
+
+def test_gemms_take_whole_devices_only_where_no_peer_is_waited_for(monkeypatch):
+    told = []
+
+    class Told:
+        lora_allow_making = staticmethod(told.append)
+
+    monkeypatch.setattr(_extension, "C", Told())
+    monkeypatch.setattr(_lora_launch, "_alone", True)
+    for initialized, size in ((False, 1), (True, 1), (True, 2), (True, 2), (False, 2)):
+        state = {"is_initialized": initialized, "get_world_size": size}
+        for name, value in state.items():
+            monkeypatch.setattr(_lora_launch.distributed, name, lambda value=value: value)
+        _lora_launch._share_device()
+    assert told == [False, True]
