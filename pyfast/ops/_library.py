@@ -216,6 +216,11 @@ def planned(make: Callable[..., Any]) -> Callable[..., Any]:
     return plan
 
 
+def shaped(y_mn: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y as [..., N], in place: of several outputs none that is a view may be changed by the caller."""
+    return y_mn if x.dim() == 2 else y_mn.resize_(*x.shape[:-1], y_mn.shape[1])
+
+
 _recorders: list[list[tuple[str, str]]] = []
 _warned: set[tuple[str, str]] = set()
 
@@ -234,7 +239,7 @@ def recorded_kernels() -> Iterator[list[tuple[str, str]]]:
     try:
         yield recorder
     finally:
-        _recorders.remove(recorder)
+        _recorders[:] = [other for other in _recorders if other is not recorder]
 
 
 def fall_back(op: str, reason: str, *args: Any) -> Any:

@@ -41,11 +41,6 @@ def stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(blocks)
 
 
-def shaped(y_mn: Tensor, x: Tensor) -> Tensor:
-    """y as [..., N], in place: of several outputs none that is a view may be changed by the caller."""
-    return y_mn if x.dim() == 2 else y_mn.resize_(*x.shape[:-1], y_mn.shape[1])
-
-
 class Plan(NamedTuple):
     """What every launch of one direction for one signature shares."""
 
@@ -128,7 +123,7 @@ def forward(plan: Plan, *args: Any) -> tuple[list[Tensor], Tensor]:
     for first, w_nk, bias, b_nr in zip(plan.columns, weights, biases, b, strict=False):
         y_mn = F.linear(_matrix(x), w_nk, bias)
         y_mn.addmm_(z[:, first : first + b_nr.shape[1]], b_nr.to(x.dtype).t())
-        ys.append(shaped(y_mn, x))
+        ys.append(_library.shaped(y_mn, x))
     return ys, z
 
 

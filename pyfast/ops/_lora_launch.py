@@ -218,7 +218,7 @@ def forward(
     _library.record("lora_linear", served or plan.beside)
     if not plan.gemm:
         _add_product(y, z, r, b.t())
-        y = y if len(shape) == 2 else y.view(*shape)
+        y = _library.shaped(y, x)
     return y, z
 
 

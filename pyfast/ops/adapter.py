@@ -191,7 +191,7 @@ def _bottleneck_reference(
     y_mk = torch.addmm(x_mk, _activate(h_mr, activation), up.t())
     if up_bias is not None:
         y_mk = y_mk + up_bias
-    return y_mk.view(x.shape), h_mr
+    return _library.shaped(y_mk, x), h_mr
 
 
 def _bottleneck_backward_fake(

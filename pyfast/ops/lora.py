@@ -96,9 +96,8 @@ def _lora_reference(
     z_mr = _scaled_product(_dropped(x_mk, dropout, seed), a.to(x.dtype).t(), scale)
     y_mn = torch.addmm(y_mn, z_mr, b.to(x.dtype).t())
     r = a.shape[0]
-    return y_mn.view(*x.shape[:-1], n), torch.nn.functional.pad(
-        z_mr, (0, _lora_launch.padded(r) - r)
-    )
+    z_padded = torch.nn.functional.pad(z_mr, (0, _lora_launch.padded(r) - r))
+    return _library.shaped(y_mn, x), z_padded
 
 
 def _lora_backward_fake(

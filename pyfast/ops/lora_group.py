@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyfast.ops import _check, _library, _lora_group_launch
 from pyfast.ops._autocast import cast_for_autocast
-from pyfast.ops._lora_group_launch import MOST, columns, members, shaped, stacked
+from pyfast.ops._lora_group_launch import MOST, columns, members, stacked
 from pyfast.ops.lora import _COMPUTE, _scaled_product
 
 
@@ -124,7 +124,7 @@ def _group_reference(*args: Any) -> tuple[Tensor, ...]:
     for first, w_nk, bias, b_nr in zip(at, weights, biases, b, strict=False):
         y_mn = torch.nn.functional.linear(x_mk, w_nk, bias)
         y_mn.addmm_(z[:, first : first + b_nr.shape[1]], b_nr.to(x.dtype).t())
-        ys.append(shaped(y_mn, x))
+        ys.append(_library.shaped(y_mn, x))
     return _padded_outputs(ys, z)
 
 

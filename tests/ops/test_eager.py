@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pyfast import ops
 from pyfast.errors import UnsupportedError
 from pyfast.ops import OPS, _library
+from pyfast.testing import seeded
 from tests.cases import CASES, packed
 
 CALLS = [case for case in CASES if OPS[case.op].differentiable]
@@ -363,3 +364,33 @@ def test_plans_do_not_pile_up(monkeypatch):
     for value in (*range(20), *range(12, 20)):
         plan(value)
     assert len(made) == 20 + 4  # the second walk finds 16 to 19, which came after the last clearing
+
+
+@pytest.mark.parametrize("shape", [(6, 16), (2, 3, 16)], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_outputs_may_be_changed_in_place(shape, grad, device):
+    x = seeded(shape, seed=1, device=device)
+    w, a, b = (seeded(s, seed=2, device=device) for s in ((16, 16), (4, 16), (16, 4)))
+    weights = a.requires_grad_(grad), b.requires_grad_(grad)
+    calls = {
+        "lora_linear": lambda: ops.lora_linear(x, w, *weights, scale=1.0),
+        "adapter_bottleneck": lambda: ops.adapter_bottleneck(x, *weights),
+    }
+    for name, call in calls.items():
+        expected = call().detach().relu()
+        with torch.set_grad_enabled(grad):
+            y = call()
+        torch.testing.assert_close(y.relu_().detach(), expected, msg=name)
+        if grad:
+            y.sum().backward()
+
+
+def test_recorders_of_equal_contents_nest():
+    with ops.recorded_kernels() as outer:
+        with ops.recorded_kernels() as inner:
+            pass
+        ops.lora_linear(
+            torch.ones(2, 4), torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1), scale=1.0
+        )
+    assert inner == []
+    assert outer == [("lora_linear", "reference")]
