@@ -9,7 +9,7 @@
 //
 // So that z is there in time, half of the blocks begin in the middle of K, and all of them do their
 // part in the first half of their walk. No block waits for one that cannot start: the grid holds
-// all blocks of a row at once (grid_blocks), and a part needs nothing of another block.
+// all blocks of a row at once (plan_making), and a part needs nothing of another block.
 #pragma once
 
 #include <algorithm>

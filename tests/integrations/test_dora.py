@@ -19,6 +19,7 @@ from pyfast.ops._library import recorded_kernels
 from pyfast.train import FinetuneConfig, finetune
 from pyfast.train.config import AdapterOptions, RunOptions
 from pyfast.train.loop import Trainer
+from tests.integrations.test_accelerate import four_bit
 from tests.models import fingerprint, gpt2, llama, logits, plain, token_ids, train, twin, word_llama
 
 pytestmark = [
@@ -139,18 +140,6 @@ def test_files_that_do_not_fit_are_refused(change, tmp_path):
 def dora(make=llama, **options):
     config = {**ALL, "fan_in_fan_out": make is gpt2, "task_type": "CAUSAL_LM", **options}
     return trained(get_peft_model(make(), peft.LoraConfig(**config)))
-
-
-def four_bit(directory):
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=config, dtype=torch.float32, device_map="cpu"
-    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "bias", "gpt2", "4-bit"])
