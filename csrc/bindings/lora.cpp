@@ -117,7 +117,8 @@ void gemm(int device, Address stream, int dtype, bool by_out, std::int64_t m, st
                       .making = {.q = pointer<const void>(q),
                                  .pitch_q = by_out ? k : pitch_r,
                                  .partials = pointer<float>(workspace),
-                                 .counters = pointer<unsigned>(counters)}};
+                                 .counters = pointer<unsigned>(counters)},
+                      .side = {}};
   lora::gemm(args, {kernel, swizzle, along_n, blocks}, {device, 1, pointer<void>(stream)});
 }
 

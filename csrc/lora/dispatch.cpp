@@ -171,17 +171,23 @@ std::int64_t most_partials(const Problem& problem, int sm_count) {
   return most;
 }
 
-// Bytes of the regions for partial sums: the first serves z and dz, a pass's or a GEMM's own.
+// Bytes of the regions for partial sums: of z and dz, a pass's or a GEMM's own, of dB and of dA.
 struct Partials {
   Partials(const Problem& problem, int sm_count)
-      : skinny(round_up(most_partials(problem, sm_count), 128)), first(skinny) {
+      : z(round_up(most_partials(problem, sm_count), 128)), db(z), da(z) {
     const auto [m, n, k, r] = std::tuple(problem.m, problem.n, problem.k, problem.r);
-    if (plan_making(m, n, k, r, sm_count).columns > 0 ||
-        plan_making(m, k, n, r, sm_count).columns > 0) {
-      first = std::max(first, round_up(making_workspace(m, r), 128));
+    const MakingPlan forward = plan_making(m, n, k, r, sm_count);
+    const MakingPlan backward = plan_making(m, k, n, r, sm_count);
+    if (forward.columns > 0 || backward.columns > 0) {
+      z = std::max(z, round_up(making_workspace(m, r), 128));
+    }
+    if (backward.columns > 0 && r <= kSideRank) {
+      const int rows = side_part_rows(backward.gemm);
+      db = std::max(db, side_part_bytes(rows, n, kSideTileDb));
+      da = std::max(da, side_part_bytes(rows, backward.columns, kSideTileDa));
     }
   }
-  std::int64_t skinny, first;
+  std::int64_t z, db, da;
 };
 
 // y = x W^T + bias + z B^T; transposed, dx = dy W + dz A. What is in, out and low rank comes after.
@@ -235,6 +241,28 @@ std::string_view launch_product(const GemmArgs& args, const MakingPlan& making, 
   return kGemmNames[making.gemm.kernel];
 }
 
+// dB and dA of what a GEMM has made of them.
+void add_side_parts(const Backward& params, const MakingPlan& making, const SideParts& parts,
+                    void* stream) {
+  const auto sum = [&](const float* from, std::int64_t columns, int tile, void* out) {
+    SideSum sum;
+    sum.parts = from;
+    sum.rows = std::min(side_part_rows(making.gemm), static_cast<int>(ceil_div(params.m, 256) * 2));
+    sum.width = static_cast<int>(round_up(columns, tile));
+    sum.columns = static_cast<int>(columns);
+    sum.rank = static_cast<int>(params.r);
+    sum.out = out;
+    sum.dtype = params.adapter_dtype;
+    return sum;
+  };
+  SideSum db = sum(parts.db, params.n, kSideTileDb, params.db);
+  db.pitch = params.r;
+  SideSum da = sum(parts.da, making.columns, kSideTileDa, params.da);
+  da.pitch = params.k;
+  da.by_rank = true;
+  launch_side_parts(db, da, params.dtype, stream);
+}
+
 #endif
 
 }  // namespace
@@ -246,7 +274,7 @@ std::int64_t workspace(const Problem& problem, int device) {
   const std::int64_t pitch_r = round_up(problem.r, 8);
   // Partial sums of products that may run at once, and compute copies of A and B.
   const Partials partials(problem, sm_count);
-  return partials.first + 2 * partials.skinny +
+  return partials.z + partials.db + partials.da +
          2 * round_up(pitch_r * round_up(problem.k, 8) * 2, 128) +
          2 * round_up(pitch_r * round_up(problem.n, 8) * 2, 128);
 }
@@ -288,7 +316,7 @@ std::string_view forward(const Forward& params, const Placement& place) {
   const DeviceGuard guard(place.device);
   const int sm_count = cuda_device(place.device).sm_count;
   Arena arena(params.workspace);
-  void* partials = arena.take(Partials(params, sm_count).first);
+  void* partials = arena.take(Partials(params, sm_count).z);
 
   GemmArgs gemm = gemm_args(params, false);
   MakingPlan making;  // where the GEMM makes z
@@ -335,9 +363,9 @@ std::string_view backward(const Backward& params, const Placement& place) {
   Arena arena(params.workspace);
   // Three that may run at once.
   const Partials sizes(params, sm_count);
-  void* partials = arena.take(sizes.first);
-  void* partials_db = arena.take(sizes.skinny);
-  void* partials_da = arena.take(sizes.skinny);
+  void* partials = arena.take(sizes.z);
+  void* partials_db = arena.take(sizes.db);
+  void* partials_da = arena.take(sizes.da);
 
   GemmArgs gemm = gemm_args(params, true);
   if (params.seed != nullptr) {
@@ -367,23 +395,6 @@ std::string_view backward(const Backward& params, const Placement& place) {
   db.q = params.db;
   db.pitch_q = params.r;
   db.dtype_q = params.adapter_dtype;
-  std::string_view name;
-  if (gemm_runs) {
-    gemm.x = params.dy, gemm.pitch_x = params.pitch_dy;
-    gemm.z = params.dz;
-    gemm.b = a.data, gemm.pitch_b = a.pitch;
-    gemm.y = params.dx;
-    if (makes) {
-      gemm.making = {b.data, b.pitch, params.scale, dz.partials, params.counters};
-    } else {
-      by_rank({dz, order}, params.r, sm_count, place.stream);
-    }
-    name = launch_product(gemm, making, sm_count, place.stream);
-    order = Order::kBeside;  // on SMs that the GEMM leaves free
-  } else if (want_dz) {
-    by_rank({dz, order}, params.r, sm_count, place.stream);
-    order = Order::kAlone;
-  }
   SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
   da.counters += kCountersDa;
   da.v = params.dz;
@@ -394,6 +405,38 @@ std::string_view backward(const Backward& params, const Placement& place) {
   da.q_by_rank = true;
   da.partials = static_cast<float*>(partials_da);
   if (params.seed != nullptr) add_dropout(params, &da);
+  const bool side = makes && params.r <= kSideRank;  // the GEMM makes parts of dB and dA too
+  std::string_view name;
+  if (gemm_runs) {
+    gemm.x = params.dy, gemm.pitch_x = params.pitch_dy;
+    gemm.z = params.dz;
+    gemm.b = a.data, gemm.pitch_b = a.pitch;
+    gemm.y = params.dx;
+    if (makes) {
+      gemm.making = {b.data, b.pitch, params.scale, dz.partials, params.counters};
+      if (side) {
+        gemm.side = {params.z, params.pitch_z, params.db != nullptr ? db.partials : nullptr,
+                     params.x, params.pitch_x, params.da != nullptr ? da.partials : nullptr};
+      }
+    } else {
+      by_rank({dz, order}, params.r, sm_count, place.stream);
+    }
+    name = launch_product(gemm, making, sm_count, place.stream);
+    order = Order::kBeside;  // on SMs that the GEMM leaves free
+  } else if (want_dz) {
+    by_rank({dz, order}, params.r, sm_count, place.stream);
+    order = Order::kAlone;
+  }
+  if (side) {
+    add_side_parts(params, making, gemm.side, place.stream);
+    if (params.da != nullptr && making.columns < params.k) {  // what the second GEMM is for
+      da.t = advance(da.t, making.columns, params.dtype);
+      da.q = advance(da.q, making.columns, params.adapter_dtype);
+      da.cols -= static_cast<int>(making.columns);
+      by_rank({da, Order::kAfter}, params.r, sm_count, place.stream);
+    }
+    return name;
+  }
   // dz is there when the last GEMM begins, unless that is the one that makes it.
   const Order order_da = makes && making.columns == gemm.n ? Order::kAfter : order;
   if (params.db != nullptr && params.da != nullptr && params.r <= kSkinnyRank &&

@@ -25,6 +25,18 @@ struct Making {
   unsigned* counters = nullptr;  // two for 128 rows, zero before and after
 };
 
+// A GEMM that makes z for up to 16 ranks can also make, as sums of side_part_bytes(), x^T z with
+// another z and t^T z with the z that it makes. In dx = dy W + dz A: dB = dy^T z, dA^T = x^T dz.
+struct SideParts {
+  const void* z = nullptr;  // [M, R]
+  std::int64_t pitch_z = 0;
+  float* db = nullptr;      // null: not wanted
+  const void* x = nullptr;  // [M, N]
+  std::int64_t pitch_x = 0;
+  float* da = nullptr;  // null: not wanted
+};
+inline constexpr int kSideRank = 16;
+
 // y[M, N] = x[M, K] W^T + z[M, R] B^T + bias[N], all of one 2-byte type, sums in float32. W and B
 // are stored by out feature ([N, K], [N, R]) or by in feature ([K, N], [R, N]), both the same way.
 // Pitches in elements, multiples of 8; pointers on 16 bytes. R = 0 leaves z and B out.
@@ -39,11 +51,13 @@ struct GemmArgs {
   void* y = nullptr;
   std::int64_t pitch_x = 0, pitch_w = 0, pitch_z = 0, pitch_b = 0, pitch_y = 0;
   int m = 0, n = 0, k = 0, r = 0;
-  Mask mask;      // of z B^T; needs a plan with a kernel for it
-  Making making;  // the same
+  Mask mask;       // of z B^T; needs a plan with a kernel for it
+  Making making;   // the same
+  SideParts side;  // needs kGemmMaking16
 };
 
-// Which kernel, and in which order it walks over the tiles of y.
+// Which kernel, and in which order it walks over the tiles of y: `swizzle` (a power of two) columns
+// of tiles at a time where it goes along M, rows where it goes along N.
 struct GemmPlan {
   int kernel = -1;  // index into kGemmNames; -1: the library's GEMM is the better one
   int swizzle = 1;
@@ -81,7 +95,15 @@ std::int64_t making_workspace(std::int64_t m, std::int64_t r);
 constexpr int making_width(std::int64_t r) {
   return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;
 }
-// Parts of z that the blocks of a row of tiles make at most; half as many where they are few.
-inline constexpr int kMakingSlices = 16;
+// Blocks of a row of tiles that make its z.
+inline constexpr int kMakers = 8;
+
+// Sums that the blocks of such a grid make side by side, one for each row of tiles that it holds.
+inline int side_part_rows(const GemmPlan& plan) { return plan.blocks / kMakers; }
+// Their width is that of dB or dA rounded up to whole tiles.
+inline constexpr int kSideTileDb = 64, kSideTileDa = 256;
+constexpr std::int64_t side_part_bytes(int rows, std::int64_t width, int tile) {
+  return rows * ((width + tile - 1) / tile * tile) * kSideRank * 4;
+}
 
 }  // namespace pyfast::lora

@@ -40,6 +40,32 @@ struct MainloopOf<Stock, Kind::kMaking128> {
   using type = MakesZ<Stock, 128>;
 };
 
+// Has the scheduler take the tiles in a plan's order: `swizzle` columns of clusters at a time along
+// M, or rows along N. CUTLASS would round both up to the swizzle. Where rounding costs a wave and
+// the kernel does not rely on the swizzle, it is halved.
+template <class Cluster, class Params>
+int order_of_tiles(Params& params, int tiles_m, int tiles_n, const GemmPlan& plan, bool relies,
+                   int most_clusters) {
+  using Divmod = decltype(params.divmod_cluster_blk_major_);
+  constexpr int kM = cute::size<0>(Cluster{}), kN = cute::size<1>(Cluster{});
+  const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
+  const int rows = ceil_div(tiles_m, kM), columns = ceil_div(tiles_n, kN);
+  const int along = plan.along_n ? columns : rows, across = plan.along_n ? rows : columns;
+  const auto clusters = [&](int log) { return ceil_div(across, 1 << log) * (1 << log) * along; };
+  int log = 0;
+  while (2 << log <= plan.swizzle) ++log;
+  while (!relies && log > 0 &&
+         ceil_div(clusters(log), most_clusters) > ceil_div(clusters(0), most_clusters)) {
+    --log;
+  }
+  const auto blocks = static_cast<std::uint64_t>(clusters(log)) * kM * kN;
+  params.log_swizzle_size_ = log;
+  params.divmod_cluster_blk_major_ = Divmod(static_cast<std::uint64_t>(along));
+  params.divmod_batch_ = Divmod(blocks);
+  params.blocks_per_problem_ = blocks;
+  return clusters(log);
+}
+
 // One kernel of the family. kByOut: W is stored [N, K] and B [N, R]; else [K, N] and [R, N].
 template <class Element, bool kByOut, class Tile, class Cluster, class Schedule,
           class EpilogueSchedule, class EpilogueTile, Kind kKind>
@@ -79,7 +105,11 @@ struct GemmSm90 {
       }
     };
     const auto steps = [](int size) { return (size + Mainloop::kTileK - 1) / Mainloop::kTileK; };
-    const int extended = Mainloop::kTileK * (steps(args.k) + steps(args.r));
+    int tiles_k = steps(args.k) + steps(args.r);
+    if constexpr (kMakingRank > 0) {
+      if (args.side.da != nullptr) tiles_k += Mainloop::kTilesT;
+    }
+    const int extended = Mainloop::kTileK * tiles_k;
 
     typename Kernel::Arguments arguments{};
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -96,7 +126,12 @@ struct GemmSm90 {
     if constexpr (kKind == Kind::kMasked) {
       arguments.mainloop.mask = args.mask;
     } else if constexpr (kMakingRank > 0) {
+      PYFAST_CHECK(!early, "lora_linear: a GEMM that makes z cannot be launched early");
+      PYFAST_CHECK(kMakingRank == kSideRank || (args.side.da == nullptr && args.side.db == nullptr),
+                   "lora_linear: this GEMM makes no parts of dA and dB");
       arguments.mainloop.making = args.making;
+      arguments.mainloop.side = args.side;
+      arguments.mainloop.rows_at_once = side_part_rows(plan);
       arguments.mainloop.z = args.z;
       arguments.mainloop.pitch_z = args.pitch_z;
     }
@@ -104,24 +139,29 @@ struct GemmSm90 {
     arguments.epilogue.thread.bias_ptr = static_cast<const Element*>(args.bias);
     arguments.epilogue.ptr_D = static_cast<Element*>(args.y);
     arguments.epilogue.dD = StrideY{args.pitch_y, cute::Int<1>{}, std::int64_t{0}};
-    // No more blocks than the waves need: what runs beside gets the SMs that are left.
-    const std::int64_t tiles =
-        static_cast<std::int64_t>((args.m + kM - 1) / kM) * ((args.n + kN - 1) / kN);
-    const std::int64_t waves = (tiles + sm_count - 1) / sm_count;
-    const auto blocks = static_cast<int>(((tiles + waves - 1) / waves + 1) / 2 * 2);
-    arguments.hw_info.sm_count = plan.blocks > 0 ? plan.blocks : std::min(sm_count, blocks);
-    arguments.scheduler.max_swizzle_size = plan.swizzle;
+    arguments.hw_info.sm_count = sm_count;
+    arguments.scheduler.max_swizzle_size = 1;  // order_of_tiles has the last word
     using Raster = typename Kernel::TileScheduler::RasterOrderOptions;
     arguments.scheduler.raster_order = plan.along_n ? Raster::AlongN : Raster::AlongM;
 
     auto params = Kernel::to_underlying_arguments(arguments, nullptr);
+    constexpr int kClusterM = cute::size<0>(Cluster{}), kClusterN = cute::size<1>(Cluster{});
+    constexpr int kCluster = kClusterM * kClusterN;
+    const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
+    int clusters = (plan.blocks > 0 ? plan.blocks : sm_count) / kCluster;
+    const int all = order_of_tiles<Cluster>(params.scheduler, ceil_div(args.m, kM),
+                                            ceil_div(args.n, kN), plan, kMakingRank > 0, clusters);
+    // No more blocks than the waves need: what runs beside gets the SMs that are left.
+    if (plan.blocks == 0) clusters = ceil_div(all, ceil_div(all, clusters));
+    clusters = std::min(clusters, all);
     if constexpr (kKind != Kind::kPlain) params.mainloop.scheduler = params.scheduler;
     auto* kernel = &cutlass::device_kernel<Kernel>;
     constexpr int kShared = Kernel::SharedStorageSize;
     allow_shared_memory<&cutlass::device_kernel<Kernel>>("lora_linear", kShared);
 
     cudaLaunchConfig_t config{};
-    config.gridDim = Kernel::get_grid_shape(params);
+    config.gridDim = plan.along_n ? dim3(kClusterM, clusters * kClusterN)
+                                  : dim3(clusters * kClusterM, kClusterN);
     config.blockDim = Kernel::get_block_shape();
     config.dynamicSmemBytes = kShared;
     config.stream = stream;

@@ -43,6 +43,18 @@ struct PackArgs {
 };
 void launch_pack(const PackArgs& first, const PackArgs& second, void* stream);
 
+// Adds up what a GEMM has made as SideParts; without parts there is nothing to do.
+struct SideSum {
+  const float* parts = nullptr;  // [rows][width / 64] tiles of 64 columns and 16 ranks
+  int rows = 0, width = 0;
+  int columns = 0, rank = 0;
+  void* out = nullptr;
+  std::int64_t pitch = 0;
+  DType dtype = DType::bf16;
+  bool by_rank = false;  // stored [rank, columns]
+};
+void launch_side_parts(const SideSum& first, const SideSum& second, DType dtype, void* stream);
+
 // `early`: launched while the grid before it still runs, which must be the one that makes z.
 void launch_gemm_sm90_bf16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
 void launch_gemm_sm90_bf16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);

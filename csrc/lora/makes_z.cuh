@@ -1,20 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // A GEMM that makes its own low-rank operand: y = x W^T + z B^T with z = s x Q^T, Q[R, K].
 //
-// x passes through shared memory anyway, so z costs no pass over x. The blocks of one row of tiles
-// share the work: of the tiles of K each multiplies some with Q as well (one narrow wgmma more),
-// stores its part of z as float32, and when all parts of the row are there, each block adds up a
-// few rows of z and stores them. Before its last step, the low-rank one, a block waits for the z
-// of its row. Sums are made in a fixed order: results repeat bit for bit.
+// x passes through shared memory anyway, so z costs no pass over x. The first eight blocks of a row
+// of tiles, its makers, share the work: of the tiles of K each multiplies some with Q as well (one
+// narrow wgmma more), stores its part of z as float32, and when all parts of the row are there,
+// each adds up a few rows of z and stores them. Before its last step, the low-rank one, a block
+// waits for the z of its row. Sums are made in a fixed order: results repeat bit for bit.
 //
-// So that z is there in time, half of the blocks begin in the middle of K, and all of them do their
-// part in the first half of their walk. No block waits for one that cannot start: the grid holds
-// all blocks of a row at once (plan_making), and a part needs nothing of another block.
+// So that z is there in time, half of the makers begin in the middle of K, and all of them do their
+// part in the first half of their walk. No block waits for one that cannot start: the grid takes
+// the tiles eight columns at a time, rows first, a multiple of eight blocks at once (plan_making,
+// order_of_tiles), so that the makers of a row run together and not after those that wait for them.
+//
+// Where x is dy and z is dz, up to 16 ranks, the factors' gradients are made on the way
+// (SideParts): a maker multiplies its tiles of dy with the forward's z too, for dB = dy^T z, and
+// every block the tile of the layer's input above its tile of dx with dz, for dA^T = x^T dz. A
+// block adds what it has to float32 sums that no other block adds to (order again fixed);
+// side_parts.cu adds them up.
 #pragma once
 
 #include <algorithm>
 
-#include "common/vec.cuh"
+#include "common/sync.cuh"
+#include "lora/narrow_wgmma.cuh"
+#include "lora/row_sums.cuh"
 #include "lora/two_pairs.cuh"
 
 namespace pyfast::lora {
@@ -31,10 +40,10 @@ struct cutlass::gemm::kernel::detail::HasAuxiliaryLoad<pyfast::lora::WithAuxilia
 
 namespace pyfast::lora {
 
-// Of shared memory that a kernel needs for Q.
+// Of shared memory that a kernel needs for Q, and for the forward's z where it makes parts of dB.
 constexpr int making_bytes(int rank) {
-  constexpr int kTileK = 64, kFetched = kMakingSlices * 32 * 16;
-  return rank == 0 ? 0 : std::max(rank * kTileK * 2, kFetched);
+  constexpr int kTileM = 128, kTileK = 64;
+  return rank * kTileK * 2 + (rank == kSideRank ? rank * kTileM * 2 : 0);
 }
 
 template <class Base, int kRank>
@@ -48,9 +57,10 @@ struct MakesZ : TwoPairs<Base> {
   using typename Base::PipelineState;
   static constexpr int kTileM = cute::size<0>(typename Base::TileShape{});
   static constexpr int kWarps = cute::size(typename Base::TiledMma{}) / 32;
-  // A block loads Q at most once in so many tiles of K, hence one buffer for Q is enough.
-  static constexpr int kMinStride = 4;
-  static_assert(Base::K_PIPE_MAX <= kMinStride);
+  // A maker loads Q once in so many tiles of K, hence one buffer for Q is enough.
+  static constexpr int kStride = kMakers / 2;
+  static_assert(Base::K_PIPE_MAX <= kStride);
+  static constexpr bool kSide = kRank == kSideRank;
   static constexpr int kBarriers =
       static_cast<int>(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier);
   // Named barriers, the first two that CUTLASS leaves to others.
@@ -82,14 +92,30 @@ struct MakesZ : TwoPairs<Base> {
   static constexpr int kFewRanks = kRank == 128 ? 64 : kRank;  // a narrower product where it does
   static constexpr unsigned kBytesQ = kRank * kTileK * sizeof(ElementA);
 
+  // The forward's z for a row of tiles, and the layer's input 64 columns at a time: four boxes
+  // above a tile of dx. Two of them and dz fill a stage. The two stages come a few tiles before the
+  // end of K (Params::back): dz is there by then, and two in a row would leave the pipeline empty.
+  using TileV = cute::Shape<cute::Int<kSideRank>, cute::Int<kTileM>>;
+  using LayoutV =
+      decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW32_Atom<ElementA>{}, TileV{}));
+  using TileT = cute::Shape<cute::Int<kTileM>, cute::_64>;
+  using LayoutT =
+      decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<ElementA>{}, TileT{}));
+  static constexpr int kTilesT = 2, kBoxes = 4;
+  static constexpr int kBox = kTileM * kTileK, kStageB = kBoxes * kTileK * kTileK;  // elements
+  static_assert(cute::size<1>(typename Base::TileShape{}) == kBoxes * kTileK);
+  static constexpr unsigned kBytesV = kSideRank * kTileM * sizeof(ElementA);
+
   struct TensorStorage : Base::TensorStorage {
-    // Q, and between a tile's last product with it and the next tile what the warp that adds up
-    // fetches: float4 [kMakingSlices][32].
+    // Q and the forward's z; between a tile's last product with them and the next tile what the
+    // warp that adds up fetches.
     cute::array_aligned<ElementA, making_bytes(kRank) / 2> smem_q;
   };
 
   struct Arguments : Pairs::Arguments {
     Making making;
+    SideParts side;
+    int rows_at_once = 0;
     void* z = nullptr;
     std::int64_t pitch_z = 0;
   };
@@ -100,16 +126,28 @@ struct MakesZ : TwoPairs<Base> {
         cute::make_tensor(cute::make_gmem_ptr(static_cast<const ElementA*>(nullptr)),
                           cute::make_shape(0, 0), cute::take<0, 2>(StrideQ{})),
         LayoutQ{}, TileQ{}, cute::_1{}));
+    using Pitched = cute::Stride<std::int64_t, cute::_1>;
+    using ByColumn = cute::Stride<cute::_1, std::int64_t>;
+    template <class Stride, class Layout, class Tile>
+    using Tma = decltype(cute::make_tma_copy(
+        cute::SM90_TMA_LOAD{},
+        cute::make_tensor(cute::make_gmem_ptr(static_cast<const ElementA*>(nullptr)),
+                          cute::make_shape(0, 0), Stride{}),
+        Layout{}, Tile{}, cute::_1{}));
+    using TmaV = Tma<ByColumn, LayoutV, TileV>;
+    using TmaT = Tma<Pitched, LayoutT, TileT>;
     TmaQ load_q;
-    ElementA* z = nullptr;
-    std::int64_t pitch_z = 0;
-    float scale = 1.0F;
-    float* partials = nullptr;
+    TmaV load_v;
+    TmaT load_t;
+    float* db = nullptr;
+    float* da = nullptr;
+    int tiles_t = 0;  // kTilesT where parts of dA are wanted
+    int back = 0;
+    int rows_at_once = 0;  // rows of tiles that the grid holds; so many sums are made side by side
+    RowSums<ElementA, kTileM> row_sums;
     unsigned* counters = nullptr;
-    int m = 0, k = 0, r = 0;
-    int width = 0;  // columns of a part: the rank rounded up to a power of two
+    int m = 0, n = 0, k = 0, r = 0;
     int tiles_n = 0;
-    int slices = 0;                        // parts of z in a row of tiles
     typename Scheduler::Params scheduler;  // a copy of the kernel's
   };
 
@@ -118,7 +156,6 @@ struct MakesZ : TwoPairs<Base> {
                                         void* workspace) {
     using namespace cute;
     constexpr int kTileN = size<1>(typename Base::TileShape{});
-    const int tiles_n = (static_cast<int>(get<1>(shape)) + kTileN - 1) / kTileN;
     const auto stride_q = [&] {
       if constexpr (kByRank) {
         return make_stride(args.making.pitch_q, _1{});
@@ -126,36 +163,65 @@ struct MakesZ : TwoPairs<Base> {
         return make_stride(_1{}, args.making.pitch_q);
       }
     }();
-    const Tensor q = make_tensor(make_gmem_ptr(static_cast<const ElementA*>(args.making.q)),
-                                 make_shape(args.r, args.k), stride_q);
-    return {Pairs::to_underlying_arguments(shape, args, workspace),
-            make_tma_copy(SM90_TMA_LOAD{}, q, LayoutQ{}, TileQ{}, _1{}),
-            static_cast<ElementA*>(args.z),
-            args.pitch_z,
-            args.making.scale,
-            args.making.partials,
-            args.making.counters,
-            static_cast<int>(get<0>(shape)),
-            args.k,
-            args.r,
-            making_width(args.r),
-            tiles_n,
-            tiles_n >= kMakingSlices ? kMakingSlices : kMakingSlices / 2,
-            {}};
+    const auto tensor = [](const void* data, int rows, int cols, auto stride) {
+      return make_tensor(make_gmem_ptr(static_cast<const ElementA*>(data)), make_shape(rows, cols),
+                         stride);
+    };
+    const int m = static_cast<int>(get<0>(shape)), n = static_cast<int>(get<1>(shape));
+    const auto& side = args.side;
+    // What is not wanted gets the address of something else, and is not read.
+    const bool db = side.db != nullptr, da = side.da != nullptr;
+    const auto v = tensor(db ? side.z : args.z, args.r, m,
+                          typename Params::ByColumn{_1{}, db ? side.pitch_z : args.pitch_z});
+    const auto t = tensor(da ? side.x : args.z, m, da ? n : args.r,
+                          typename Params::Pitched{da ? side.pitch_x : args.pitch_z, _1{}});
+    Params params;
+    static_cast<typename Pairs::Params&>(params) =
+        Pairs::to_underlying_arguments(shape, args, workspace);
+    params.load_q = make_tma_copy(SM90_TMA_LOAD{}, tensor(args.making.q, args.r, args.k, stride_q),
+                                  LayoutQ{}, TileQ{}, _1{});
+    params.load_v = make_tma_copy(SM90_TMA_LOAD{}, v, LayoutV{}, TileV{}, _1{});
+    params.load_t = make_tma_copy(SM90_TMA_LOAD{}, t, LayoutT{}, TileT{}, _1{});
+    params.db = side.db;
+    params.da = side.da;
+    params.tiles_t = da ? kTilesT : 0;
+    params.back = std::min(params.main_tiles / 12, 5);
+    params.rows_at_once = args.rows_at_once;
+    params.row_sums = {args.making.partials, static_cast<ElementA*>(args.z), args.pitch_z,
+                       args.making.scale,    making_width(args.r),           m,
+                       (args.r + 7) / 8 * 8};
+    params.counters = args.making.counters;
+    params.m = m;
+    params.n = n;
+    params.k = args.k;
+    params.r = args.r;
+    params.tiles_n = (n + kTileN - 1) / kTileN;
+    return params;
   }
 
   template <class Inputs, class Coord, class Iterator>
   CUTLASS_DEVICE void load(const Params& params, MainloopPipeline pipeline, PipelineState state,
                            const Inputs& inputs, const Coord& coord, Iterator tiles, int count,
                            int lane, uint32_t rank, TensorStorage& storage) {
-    if (!waited_) Pairs::wait_for_low_rank(params);  // Q may come from the kernel before
-    waited_ = true;
-    load_main(params, pipeline, state, inputs, coord, rank, storage);
-    state.advance(params.main_tiles);
-    sync(kReadyThreads, kReady);
-    asm volatile("fence.proxy.async;" ::: "memory");
-    Base::load(params.low_rank, pipeline, state, inputs, coord, tiles, count - params.main_tiles,
-               lane, rank, storage);
+    // The grid after this one may start on SMs that this one leaves.
+    asm volatile("griddepcontrol.launch_dependents;");
+    int at = 0;  // of main_tiles
+    if constexpr (kSide) {
+      for (int i = 0; i < params.tiles_t; ++i) {
+        const int until = params.main_tiles - params.back * (kTilesT - i);
+        load_main(params, pipeline, state, inputs, coord, rank, storage, at, until);
+        state.advance(until - at);
+        at = until;
+        if (i == 0) wait_for_z();
+        load_above(params, pipeline, state, inputs, coord, i, storage);
+        ++state;
+      }
+    }
+    load_main(params, pipeline, state, inputs, coord, rank, storage, at, params.main_tiles);
+    state.advance(params.main_tiles - at);
+    if (params.tiles_t == 0) wait_for_z();
+    Base::load(params.low_rank, pipeline, state, inputs, coord, tiles,
+               count - params.main_tiles - params.tiles_t, lane, rank, storage);
   }
 
   // A warp beside the producer: sees to z while the others multiply.
@@ -165,25 +231,27 @@ struct MakesZ : TwoPairs<Base> {
                                      uint32_t, TensorStorage& storage) {
     const int row = cute::get<0>(coord), col = cute::get<1>(coord);
     unsigned* counter = params.counters + 2 * row;
-    if (col < params.slices) {
+    if (col < kMakers) {
       sync(kPartThreads, kPart);
       if (lane == 0) release_add(counter, 1);
-      wait_until(counter, params.slices);
-      add_up(params, row, col, lane, storage);
+      wait_until(counter, kMakers);
+      params.row_sums.template add_up<making_bytes(kRank)>(
+          row, col, lane, reinterpret_cast<float4*>(storage.smem_q.data()));
       asm volatile("fence.proxy.async;" ::: "memory");  // TMA will read it
       __syncwarp();
       if (lane == 0) release_add(counter + 1, 1);
     }
-    if (col < params.tiles_n) {  // the scheduler may round columns up
-      wait_until(counter + 1, params.slices);
+    if (col < params.tiles_n) {  // columns are rounded up
+      wait_until(counter + 1, kMakers);
       asm volatile("fence.proxy.async;" ::: "memory");
+      __syncwarp();  // before zeros are written, all lanes have seen the count
       if (lane == 0) {
         // The last block of the row to come by leaves zeros behind.
         const unsigned passed = (atomicAdd(counter + 1, 1U << 16) >> 16) + 1;
         if (passed == static_cast<unsigned>(params.tiles_n)) counter[0] = counter[1] = 0;
       }
-      __syncwarp();
     }
+    __syncwarp();
     sync(kReadyThreads, kReady);
   }
 
@@ -197,12 +265,15 @@ struct MakesZ : TwoPairs<Base> {
     clear(z);
     PipelineState release = state;
 
-    // Starts the product of the next tile of K, and that with so many ranks of Q.
-    const auto multiply = [&](auto ranks) {
+    // Starts the product of the next tile of K, that with so many ranks of Q, and that of the
+    // tile's columns with the forward's z.
+    const auto multiply = [&](auto ranks, auto with_db,
+                              float (&db)[kNarrowSums]) __attribute__((always_inline)) {
       pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
       const int stage = state.index();
       warpgroup_fence_operand(sums);
       if constexpr (ranks > 0) warpgroup_fence_operand(z);
+      if constexpr (with_db) narrow_fence(db);
       warpgroup_arrive();
       CUTLASS_PRAGMA_UNROLL
       for (int step = 0; step < kTileK / 16; ++step) {
@@ -210,80 +281,145 @@ struct MakesZ : TwoPairs<Base> {
         tiled_mma.accumulate_ = GMMA::ScaleOut::One;
         if constexpr (ranks > 0) add_z<ranks>(a(_, _, step, stage), step, z, storage);
       }
+      if constexpr (with_db) {
+        narrow_multiply<ElementA, kTileM, kSideRank * 2>(
+            storage.smem_A.data() + stage * kTileM * kTileK, storage.smem_q.data() + kRank * kTileK,
+            db);
+      }
       warpgroup_commit_batch();
       ++state;
     };
-    const auto finish_one = [&] {
-      warpgroup_wait<1>();
+    // Waits until all but so many batches are done, and gives the stage before the last away.
+    const auto finish = [&](auto running) __attribute__((always_inline)) {
+      warpgroup_wait<running>();
       warpgroup_fence_operand(sums);
       pipeline.consumer_release(release);
       ++release;
+    };
+    float none[kNarrowSums];
+    const auto plain = [&](int tiles) __attribute__((always_inline)) {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (; tiles > 0; --tiles) {
+        multiply(_0{}, false_type{}, none);
+        finish(_1{});
+      }
     };
 
     // No block makes its part on its first tile.
     tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
     const auto turn = state.count() / static_cast<std::uint32_t>(count);
     warpgroup_fence_operand(z);
-    multiply(_0{});
+    multiply(_0{}, false_type{}, none);
 
     // This block's tile of y number `turn`, as the kernel's own scheduler counts.
     Scheduler scheduler(params.scheduler);
     scheduler.advance_to_next_work(turn);
     const auto work = scheduler.get_current_work();
     const Walk walk(params, work.N_idx);
+    const int group = thread / kNarrowThreads;  // of the two consumers
     int tile = 1;
     if (walk.first > 0) {
-      int plain = walk.first - 1;
       CUTLASS_PRAGMA_NO_UNROLL
-      for (; tile <= walk.last; tile += plain + 1, plain = walk.stride - 1) {
-        CUTLASS_PRAGMA_NO_UNROLL
-        for (int i = 0; i < plain; ++i) {
-          multiply(_0{});
-          finish_one();
-        }
-        if (params.r <= kFewRanks) {
-          multiply(Int<kFewRanks>{});
+      for (int part = 0; walk.first + part * kStride <= walk.last; ++part) {
+        plain(walk.first + part * kStride - tile);
+        tile = walk.first + part * kStride;
+        bool with_db = false;
+        if constexpr (kSide) with_db = params.db != nullptr && part % 2 == group;
+        if (with_db) {
+          if constexpr (kSide) {
+            float db[kNarrowSums];
+            multiply(Int<kRank>{}, true_type{}, db);
+            finish(_1{});
+            multiply(_0{}, false_type{}, none);
+            finish(_1{});
+            narrow_fence(db);
+            const int at = walk.begin + tile;
+            ++tile;
+            store_side(params.db, params, work.M_idx, params.main_tiles,
+                       at < params.main_tiles ? at : at - params.main_tiles, db, thread);
+          }
         } else {
-          multiply(Int<kRank>{});
+          if (params.r <= kFewRanks) {
+            multiply(Int<kFewRanks>{}, false_type{}, none);
+          } else {
+            multiply(Int<kRank>{}, false_type{}, none);
+          }
+          finish(_1{});
         }
-        finish_one();
+        ++tile;
       }
       warpgroup_wait<0>();
       warpgroup_fence_operand(sums);
       warpgroup_fence_operand(z);
-      store_part(z, params, work.M_idx, work.N_idx, thread);
+      params.row_sums.store_part(z, work.M_idx, work.N_idx, thread);
+      __syncwarp();
       arrive(kPartThreads, kPart);
     }
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (; tile < params.main_tiles; ++tile) {
-      multiply(_0{});
-      finish_one();
+    if constexpr (kSide) {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int i = 0; i < params.tiles_t; ++i) {
+        const int until = params.main_tiles - params.back * (kTilesT - i);
+        plain(until - tile);
+        float da[kNarrowSums];
+        multiply_above(pipeline, state, group, da, storage);
+        finish(_1{});
+        plain(1);
+        tile = until + 1;
+        narrow_fence(da);
+        if (work.N_idx < params.tiles_n) {  // columns are rounded up
+          store_side(params.da, params, work.M_idx, params.tiles_n * kBoxes,
+                     work.N_idx * kBoxes + i * 2 + group, da, thread);
+        }
+      }
     }
-    Pairs::add_low_rank(tiled_mma, pipeline, state, release, sums, count - params.main_tiles,
-                        thread, storage, params);
+    plain(params.main_tiles - tile);
+    Pairs::add_low_rank(tiled_mma, pipeline, state, release, sums,
+                        count - params.main_tiles - params.tiles_t, thread, storage, params);
   }
 
  private:
-  // A block's walk along K: it begins at tile `begin`, and makes its part of z on the tiles that
-  // are first, first + stride ... last in its walk. Blocks that make none have first = -1, last =
-  // -2. One half of the blocks share the first half of K, the other the second, and walk so that
-  // they have passed it by the middle of their walk.
+  // A block's walk along K: it begins at tile `begin`, and a maker makes its part of z on the tiles
+  // that are first, first + kStride ... last in its walk; others have first = -1, last = -2. One
+  // half of the makers share the first half of K, the other the second, and walk so that they have
+  // passed it by the middle of their walk.
   struct Walk {
-    int begin, stride, first, last;
+    int begin, first, last;
     CUTLASS_DEVICE Walk(const Params& params, int col) {
-      const int slice = col % params.slices, half = params.main_tiles / 2;
-      stride = params.slices / 2;
-      const bool second = slice >= stride;
+      const int half = params.main_tiles / 2;
+      const bool second = col >= kStride;
       const int length = second ? params.main_tiles - half : half;
       begin = second ? half - 1 : params.main_tiles - 1;
-      first = 1 + slice % stride;
-      last = first + (length - first) / stride * stride;
-      if (col >= params.slices) {
+      first = 1 + col % kStride;
+      last = first + (length - first) / kStride * kStride;
+      if (col >= kMakers) {
+        begin = 0;
         first = -1;
         last = -2;
       }
     }
   };
+
+  // The sums of one warpgroup for 64 columns: the row of tiles says whose they are.
+  CUTLASS_DEVICE static void store_side(float* sums, const Params& params, int row, int tiles,
+                                        int tile, const float (&part)[kNarrowSums], int thread) {
+    const std::int64_t at = static_cast<std::int64_t>(row % params.rows_at_once) * tiles + tile;
+    narrow_store(sums + at * (kNarrowColumns * kNarrowRanks), part, thread % kNarrowThreads,
+                 row < params.rows_at_once);
+  }
+
+  // Starts this warpgroup's part of dA from a stage of load_above.
+  CUTLASS_DEVICE static void multiply_above(MainloopPipeline& pipeline, PipelineState& state,
+                                            int group, float (&da)[kNarrowSums],
+                                            TensorStorage& storage) {
+    pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+    const ElementA* in_a = storage.smem_A.data() + state.index() * kBox;
+    const ElementA* in_b = storage.smem_B.data() + state.index() * kStageB;
+    narrow_fence(da);
+    cute::warpgroup_arrive();
+    narrow_multiply<ElementA, kTileM, kTileK * 2>(group == 0 ? in_a : in_b, in_b + kBox, da);
+    cute::warpgroup_commit_batch();
+    ++state;
+  }
 
   // z += a Q^T for the first ranks of Q and one step of a tile of K.
   template <int kRanks, class A, class Sums>
@@ -303,7 +439,8 @@ struct MakesZ : TwoPairs<Base> {
   template <class Inputs, class Coord>
   CUTLASS_DEVICE static void load_main(const Params& params, MainloopPipeline& pipeline,
                                        PipelineState state, const Inputs& inputs,
-                                       const Coord& coord, uint32_t rank, TensorStorage& storage) {
+                                       const Coord& coord, uint32_t rank, TensorStorage& storage,
+                                       int begin, int end) {
     using namespace cute;
     if (!elect_one_sync()) return;
     const Walk walk(params, get<1>(coord));
@@ -325,16 +462,22 @@ struct MakesZ : TwoPairs<Base> {
         slice_q.partition_D(make_tensor(make_smem_ptr(storage.smem_q.data()), LayoutQ{}));
     constexpr std::uint16_t kBoth = 3;  // blocks of the cluster, which share W
 
-    int k = walk.begin, next = walk.first;
+    int k = walk.begin + begin, next = begin == 0 ? walk.first : -1;
+    if (k >= params.main_tiles) k -= params.main_tiles;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int tile = 0; tile < params.main_tiles; ++tile, ++state) {
+    for (int tile = begin; tile < end; ++tile, ++state) {
       pipeline.producer_acquire(state);
       auto* barrier = pipeline.producer_get_barrier(state);
       if (tile == next) {
         // Before the loads, so that the barrier cannot complete without these bytes.
-        cutlass::arch::ClusterTransactionBarrier::expect_transaction(barrier, kBytesQ);
+        const bool with_v = kSide && params.db != nullptr && next == walk.first;
+        cutlass::arch::ClusterTransactionBarrier::expect_transaction(
+            barrier, kBytesQ + (with_v ? kBytesV : 0));
         copy(params.load_q.with(*barrier), from_q(_, _, _, k), to_q(_, _, _));
-        next = next < walk.last ? next + walk.stride : -1;
+        if constexpr (kSide) {
+          if (with_v) load_v(params, get<0>(coord), *barrier, storage);
+        }
+        next = next < walk.last ? next + kStride : -1;
       }
       copy(params.tma_load_a.with(*barrier), from_a(_, _, _, k), to_a(_, _, _, state.index()));
       copy(params.tma_load_b.with(*barrier, kBoth), from_b(_, _, _, k),
@@ -343,93 +486,53 @@ struct MakesZ : TwoPairs<Base> {
     }
   }
 
-  // The part of z that this thread has summed: [slices, kTileM, width] for a row of tiles.
-  template <class Sums>
-  CUTLASS_DEVICE static void store_part(const Sums& z, const Params& params, int row, int slice,
-                                        int thread) {
-    const int lane = thread % 32;
-    const std::int64_t lines =
-        (static_cast<std::int64_t>(row) * params.slices + slice) * kTileM + thread / 32 * 16;
-    float* part = params.partials + (lines + lane / 4) * params.width + lane % 4 * 2;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < cute::size(Sums{}); i += 4) {
-      // Of each four sums two lie in one row and two in the row eight further.
-      if (i * 2 < params.width) {
-        float* to = part + i * 2;
-        *reinterpret_cast<float2*>(to) = make_float2(z(i), z(i + 1));
-        *reinterpret_cast<float2*>(to + 8 * params.width) = make_float2(z(i + 2), z(i + 3));
-      }
-    }
-  }
-
-  // A warp adds up the parts of its share of the rows of z and stores them.
-  CUTLASS_DEVICE static void add_up(const Params& params, int row, int share, int lane,
+  // The forward's z for a row of tiles.
+  template <class Barrier>
+  CUTLASS_DEVICE static void load_v(const Params& params, int row, Barrier& barrier,
                                     TensorStorage& storage) {
-    const int sums = kTileM * params.width;
-    auto* fetched = reinterpret_cast<float4*>(storage.smem_q.data());
-    const float* parts = params.partials + static_cast<std::int64_t>(row) * params.slices * sums;
-    const int begin = kTileM * share / params.slices * params.width;
-    const int end = kTileM * (share + 1) / params.slices * params.width;
-    // So many times 128 sums are fetched at once, all in flight without a register each.
-    constexpr int kAtOnce = making_bytes(kRank) / (kMakingSlices * 32 * 16), kStep = 32 * 4;
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int block = begin + lane * 4; block < end; block += kAtOnce * kStep) {
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int i = 0; i < kAtOnce && block + i * kStep < end; ++i) {
-        CUTLASS_PRAGMA_NO_UNROLL
-        for (int slice = 0; slice < params.slices; ++slice) {
-          cutlass::arch::cp_async<16, cutlass::arch::CacheOperation::Global>(
-              &fetched[(i * kMakingSlices + slice) * 32 + lane],
-              parts + slice * sums + block + i * kStep);
-        }
-      }
-      asm volatile("cp.async.wait_all;" ::: "memory");
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int i = 0; i < kAtOnce && block + i * kStep < end; ++i) {
-        float4 sum = make_float4(0, 0, 0, 0);
-        CUTLASS_PRAGMA_NO_UNROLL
-        for (int slice = 0; slice < params.slices; ++slice) {
-          const float4 part = fetched[(i * kMakingSlices + slice) * 32 + lane];
-          sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-        }
-        store_sums(params, row, block + i * kStep, sum);
-      }
+    using namespace cute;
+    const Tensor v = local_tile(params.load_v.get_tma_tensor(make_shape(params.r, params.m)),
+                                TileV{}, make_coord(0, row));
+    auto slice = params.load_v.get_slice(0);
+    Tensor to = slice.partition_D(
+        make_tensor(make_smem_ptr(storage.smem_q.data() + kRank * kTileK), LayoutV{}));
+    copy(params.load_v.with(barrier), slice.partition_S(v), to);
+  }
+
+  // Two boxes of the layer's input above this tile of dx, and dz, in the next stage.
+  template <class Inputs, class Coord>
+  CUTLASS_DEVICE static void load_above(const Params& params, MainloopPipeline& pipeline,
+                                        PipelineState state, const Inputs& inputs,
+                                        const Coord& coord, int pair, TensorStorage& storage) {
+    using namespace cute;
+    if (!elect_one_sync()) return;
+    static_assert(kStageB == 2 * kBox);
+    ElementA* in_a = storage.smem_A.data() + state.index() * kBox;
+    ElementA* in_b = storage.smem_B.data() + state.index() * kStageB;
+    auto slice = params.load_t.get_slice(0);
+    const Tensor t = params.load_t.get_tma_tensor(make_shape(params.m, params.n));
+    const auto to = [](auto& slice_of, ElementA* box) {
+      return slice_of.partition_D(make_tensor(make_smem_ptr(box), LayoutT{}));
+    };
+    pipeline.producer_acquire(state);
+    auto* barrier = pipeline.producer_get_barrier(state);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const auto at = make_coord(get<0>(coord), get<1>(coord) * kBoxes + pair * 2 + i);
+      Tensor box = to(slice, i == 0 ? in_a : in_b);
+      copy(params.load_t.with(*barrier), slice.partition_S(local_tile(t, TileT{}, at)), box);
     }
+    auto slice_z = params.low_rank.tma_load_a.get_slice(0);
+    const Tensor z = get<0>(inputs)(_, _, get<0>(coord), 0, get<3>(coord));
+    Tensor box = to(slice_z, in_b + kBox);
+    copy(params.low_rank.tma_load_a.with(*barrier), slice_z.partition_S(z), box);
   }
 
-  // Four neighbours of z; `at` counts in the tile.
-  CUTLASS_DEVICE static void store_sums(const Params& params, int row, int at, const float4& sum) {
-    const int line = row * kTileM + at / params.width, column = at % params.width;
-    if (line >= params.m || column >= (params.r + 7) / 8 * 8) return;
-    cutlass::AlignedArray<ElementA, 4> out;
-    out[0] = static_cast<ElementA>(sum.x * params.scale);
-    out[1] = static_cast<ElementA>(sum.y * params.scale);
-    out[2] = static_cast<ElementA>(sum.z * params.scale);
-    out[3] = static_cast<ElementA>(sum.w * params.scale);
-    *reinterpret_cast<cutlass::AlignedArray<ElementA, 4>*>(params.z + line * params.pitch_z +
-                                                           column) = out;
+  // The producer, before it reads z.
+  CUTLASS_DEVICE static void wait_for_z() {
+    sync(kReadyThreads, kReady);
+    asm volatile("fence.proxy.async;" ::: "memory");
   }
-
-  CUTLASS_DEVICE static void wait_until(const unsigned* counter, int low_half) {
-    while ((acquire(counter) & 0xFFFF) < static_cast<unsigned>(low_half)) __nanosleep(64);
-  }
-  CUTLASS_DEVICE static void sync(int threads, int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-  }
-  CUTLASS_DEVICE static void arrive(int threads, int barrier) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-  }
-
-  CUTLASS_DEVICE static unsigned acquire(const unsigned* from) {
-    unsigned value;
-    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-    return value;
-  }
-  CUTLASS_DEVICE static void release_add(unsigned* to, unsigned value) {
-    asm volatile("red.release.gpu.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-  }
-
-  bool waited_ = false;  // the producer's
 };
 
 }  // namespace pyfast::lora

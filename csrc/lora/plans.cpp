@@ -50,29 +50,30 @@ bool making_allowed() { return allowed_now; }
 
 std::int64_t making_workspace(std::int64_t m, std::int64_t r) {
   const std::int64_t rows = (m + 255) / 256 * 256;  // whole clusters
-  return rows * kMakingSlices * making_width(r) * static_cast<std::int64_t>(sizeof(float));
+  return rows * kMakers * making_width(r) * static_cast<std::int64_t>(sizeof(float));
 }
 
 MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
                        int sm_count) {
   constexpr std::int64_t kTileN = 256, kLeastK = 2048, kMostBytes = 128 << 20;
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
-  const std::int64_t rows = ceil_div(m, 256), clusters = sm_count / 2;
-  if (r > 128 || k < kLeastK || making_workspace(m, r) > kMostBytes) return {};
-  // The grid must hold whole rows of tiles, and should not need more waves for it. Of a wide y the
-  // first part makes z and a second GEMM the rest.
-  const auto fits = [&](std::int64_t tiles) {
-    if (tiles < kMakingSlices / 2 || tiles > clusters) return false;
-    return ceil_div(rows, clusters / tiles) <= ceil_div(rows * tiles, clusters);
-  };
-  std::int64_t tiles = ceil_div(n, kTileN);
-  if (!fits(tiles)) tiles = std::min<std::int64_t>(tiles, kMakingSlices);
-  if (!fits(tiles)) return {};
+  const std::int64_t rows = ceil_div(m, 256), tiles = ceil_div(n, kTileN), clusters = sm_count / 2;
+  const std::int64_t making = clusters / kMakers * kMakers;  // clusters of its grid
+  if (r > 128 || k < kLeastK || tiles < kMakers || making == 0) return {};
+  if (making_workspace(m, r) > kMostBytes) return {};
+  // It takes columns eight at a time. What is left over is rounded up or a second GEMM's, and must
+  // not cost a wave.
+  const std::int64_t whole = tiles / kMakers * kMakers, padded = ceil_div(tiles, kMakers) * kMakers;
+  const std::int64_t waves = ceil_div(rows * tiles, clusters);
+  const std::int64_t at_once = ceil_div(rows * padded, making);
+  const std::int64_t in_two =
+      ceil_div(rows * whole, making) + ceil_div(rows * (tiles - whole), clusters);
+  if (std::min(at_once, in_two) > waves) return {};
   MakingPlan plan;
-  plan.columns = std::min(n, tiles * kTileN);
-  plan.gemm.kernel = r <= 16 ? kGemmMaking16 : kGemmMaking128;
-  plan.gemm.along_n = true;
-  plan.gemm.blocks = static_cast<int>(2 * tiles * std::min(rows, clusters / tiles));
+  plan.columns = at_once <= in_two ? n : whole * kTileN;
+  plan.gemm.kernel = r <= kSideRank ? kGemmMaking16 : kGemmMaking128;
+  plan.gemm.swizzle = kMakers;
+  plan.gemm.blocks = static_cast<int>(2 * making);
   return plan;
 }
 
