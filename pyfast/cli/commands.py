@@ -285,6 +285,9 @@ def _new_directory(output: str) -> Iterator[Path]:
             inner = Path(temporary) / "out"
             inner.mkdir()
             yield inner
+            for file in inner.rglob("*"):
+                if file.is_file():  # safetensors makes such as only their owner can read
+                    file.chmod(inner.stat().st_mode & 0o666)
             inner.rename(target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, pyfast.PyfastError):

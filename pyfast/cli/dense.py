@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model files of any stored form, dense or bitsandbytes 4-bit, read as a dense model."""
+"""Model files of any stored form, dense or 4-bit, read as a dense model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pyfast.errors import ConfigError
+from pyfast.integrations.bitsandbytes import METHOD
 from pyfast.nn.nf4 import STATE_KEY, unpack_state
 from pyfast.train.pretrained import check_whole, load_pretrained, telling_what_cannot_be_read
 
@@ -52,6 +53,9 @@ def load_dense(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
                 "Fix: download it, and pyfast convert --source DIR."
             )
         return network, tokenizer
+    if quantization.get("quant_method") == METHOD:
+        network, tokenizer = load_pretrained(source, dtype, torch.device("cpu"))
+        return network.dequantize(dtype), tokenizer
     if not quantization.get("load_in_4bit"):
         kind = quantization.get("quant_method")
         raise ConfigError(
@@ -101,7 +105,8 @@ def _dense_tensors(
             for name in list(tensors)
             if name.startswith(start)
         }
-        weight = unpack_state(tensors.pop(f"{layer}.weight"), parts, module=layer).dense()
+        packed, shape = unpack_state(tensors.pop(f"{layer}.weight"), parts, module=layer)
+        weight = packed.dense().view(shape)
         # transformers' Conv1D keeps its weight as [in, out]; the 4-bit form is always [out, in].
         transposed = type(modules.get(layer)).__name__ == "Conv1D"
         dense[f"{layer}.weight"] = weight.t().contiguous() if transposed else weight

@@ -3,7 +3,9 @@
 
 The member that is called first computes all that can be computed with it and keeps the others' outputs;
 they return them when they are called with the same tensor in the same state. In any other case a member
-computes its own output as if there were no group, so that no model's forward has to know of it.
+computes its own output as if there were no group, so that no model's forward has to know of it; so it does
+while outputs of another input wait, since calls that go from input to input would compute all members each.
+`disband_groups` lets every layer of a model compute its own.
 
 What a member does must follow from its arguments and the calls before it in the same checkpointed
 region, since the region is run again: a group never learns from calls that went by.
@@ -170,10 +172,13 @@ class InputGroup:
         now, kept = _state(x), self._kept
         if kept is not None:
             same = kept.input() is x and kept.state == now
+            if not same and kept.awaited_beside(x):
+                return None
             y, made_from = kept.outputs.pop(name, (None, None)) if same else (None, None)
             if not same or not kept.outputs:
                 self._kept = None
             if y is not None and mine is not None and mine.state() == made_from:
+                _taken(y)
                 return y
         if now is None or mine is None or mine.drops:
             return None
@@ -184,8 +189,19 @@ class InputGroup:
         ys = _compute(x, list(parts.values()))
         outputs = {n: (y, p.state()) for (n, p), y in zip(parts.items(), ys, strict=True)}
         mine_y, _ = outputs.pop(name)
-        self._kept = _Kept(x, now, outputs, mine_y.grad_fn)
+        node: Any = next((y.grad_fn for y in ys if y.grad_fn is not None), None)
+        if node is not None:
+            node.count = 0
+        _taken(mine_y)
+        self._kept = _Kept(x, now, outputs, node)
         return mine_y
+
+
+def _taken(y: Tensor) -> None:
+    """Let the node of a group await the derivative of an output too; then only it frees what it saved."""
+    node: Any = y.grad_fn
+    if node is not None:
+        node.count += 1
 
 
 def _compute(x: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:
@@ -214,6 +230,7 @@ def _state(x: Tensor) -> State | None:
         x._version,
         x.requires_grad,
         torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),  # what is made there can have no gradient later
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         # A checkpointed region has its own: what is saved inside must not serve outside of it.
         torch._C._autograd._top_saved_tensors_default_hooks(True),
@@ -239,6 +256,11 @@ class _Kept:
         if node is not None:
             node.register_prehook(forget)
 
+    def awaited_beside(self, x: Tensor) -> bool:
+        """Whether these are of another input than x, and could be taken right now."""
+        mine = self.input()
+        return mine is not None and mine is not x and self.state == _state(mine)
+
 
 def _forget(kept: weakref.ref[_Kept], *_: Any) -> None:
     found = kept()
@@ -249,6 +271,17 @@ def _forget(kept: weakref.ref[_Kept], *_: Any) -> None:
 
 def _is_dense(member: GroupMember) -> bool:
     return isinstance(weight_of(member.frozen_layer()), DenseWeight)
+
+
+def disband_groups(model: nn.Module) -> None:
+    """Let each layer of a model compute its own output, until `apply` or `accelerate` make groups again.
+
+    A group costs time and memory where not all of its members are called with an input: their outputs are
+    computed nevertheless, and kept until the backward or the end of the input.
+    """
+    for module in model.modules():
+        if isinstance(module, GroupMember):
+            module.input_group, module.input_name = None, ""
 
 
 def form_groups(candidates: Iterable[Mapping[str, nn.Module]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -174,6 +175,15 @@ def register_format(qualified_name: str, view: Format) -> None:
     _formats[qualified_name] = view
 
 
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether something serves in the place of the forward of the module's class, as hooks that offload do.
+
+    Such hooks leave the class's forward in the instance when they are removed.
+    """
+    own = module.__dict__.get("forward")
+    return own is not None and own != MethodType(type(module).forward, module)
+
+
 def weight_of(module: nn.Module) -> Weight | None:
     """The weight of a linear module, or None for a module that no format knows.
 
@@ -184,7 +194,7 @@ def weight_of(module: nn.Module) -> Weight | None:
         view = _formats.get(f"{cls.__module__}.{cls.__qualname__}")
         if view is not None:
             kept = type(module).forward is getattr(cls, "forward", None)
-            kept = kept and "forward" not in module.__dict__
+            kept = kept and not forward_replaced(module)
             return view(module) if kept else None
     return None
 

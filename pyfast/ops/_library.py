@@ -143,13 +143,15 @@ def _caller(
 
 
 def _undisturbed(args: tuple[Any, ...]) -> bool:
-    """Whether no mode, subclass, transform, forward-mode derivative or trace takes part in a call."""
+    """Whether no mode, subclass, transform, forward-mode derivative, trace or profiler takes part in a call;
+    profilers are told the op's name by the dispatcher."""
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._has_torch_function(args)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
     )
 
 

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     beside: str = ""
     """What to call the kernels where torch makes the product with W, and why it does."""
     x_in_place: bool = True
-    """Whether the kernels can read x as it lies; else they get a copy. So for dy, W, and A with B."""
+    """Whether the kernels can read x as it lies; else they get a copy. So for dy, W, A with B, and bias."""
     pitch_x: int = 0
     dy_in_place: bool = True
     pitch_dy: int = 0
@@ -69,6 +69,7 @@ class Plan(NamedTuple):
     by_out: bool = True
     pitch_w: int = 0
     factors_in_place: bool = True
+    bias_in_place: bool = True
     pitch_z: int = 0
     counters: int = 0
     """Bytes of zeros ahead of the workspace, and of both."""
@@ -77,7 +78,7 @@ class Plan(NamedTuple):
 
 def plan(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, quantized: bool,
-    grad_y: Tensor | None = None, want_x: bool = True,
+    grad_y: Tensor | None = None, want_x: bool = True, bias: Tensor | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a forward, or with `grad_y` of a backward."""
     if reason := missing(x, a, b):
@@ -109,6 +110,7 @@ def plan(
         by_out,
         pitch_w,
         a.is_contiguous() and b.is_contiguous(),
+        bias is None or bias.is_contiguous(),
         padded(r),
         counters,
         counters + _extension.C.lora_workspace(device, m, n, k, r) if m else 0,
@@ -206,6 +208,8 @@ def forward(
         x = _copied(x)
     if not plan.factors_in_place:
         a, b = a.contiguous(), b.contiguous()
+    if not plan.bias_in_place:
+        bias = _copied(bias)  # type: ignore[arg-type]
     stream = raw_stream(plan.device)
     with scratch_lock:
         w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)

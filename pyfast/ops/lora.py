@@ -224,7 +224,7 @@ def _forward_plan(
     dropout: float, seed: Tensor | None, absmax: Tensor | None, *rest: Any,
 ) -> _lora_launch.Plan:  # fmt: skip
     _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, *rest)
-    return _lora_launch.plan(x, weight, a, b, absmax is not None)
+    return _lora_launch.plan(x, weight, a, b, absmax is not None, bias=bias)
 
 
 def _lora_kernel(*args: Any) -> tuple[Tensor, Tensor]:

@@ -11,15 +11,16 @@ x is read once for all z_i and once for all dA_i, and dx is summed in one tensor
 in z, each from a multiple of 8 columns on, with zeros between. There is no dropout here: each adapter
 would draw a mask of its own.
 
-One node stands for the group in the graph: derivatives of several members come from one backward, or
-from several with retain_graph=True.
+One node stands for the group in the graph. Derivatives of all members come from one backward, or from
+several without retain_graph, as if each member had a node of its own: see `_Held`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,17 +129,20 @@ def _group_reference(*args: Any) -> tuple[Tensor, ...]:
     return _padded_outputs(ys, z)
 
 
-def _backward_fake(*args: Any) -> list[Tensor]:
+def _padded_grads(x: Tensor, wanted: Sequence[bool], grads: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """As many gradients as the schema has; that of what is not wanted is empty."""
+    made = iter(grads)
+    return tuple(next(made) if want else x.new_empty(0) for want in wanted)
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     x, wanted = args[MOST], args[-1]
-    like = (x, *args[MOST + 2 : -2])
-    return [
-        x.new_empty(tuple(tensor.shape), dtype=tensor.dtype)
-        for tensor, want in zip(like, wanted, strict=True)
-        if want
-    ]
+    like = itertools.compress((x, *args[MOST + 2 : -2]), wanted)
+    grads = [x.new_empty(tuple(tensor.shape), dtype=tensor.dtype) for tensor in like]
+    return _padded_grads(x, wanted, grads)
 
 
-def _backward_reference(*args: Any) -> list[Tensor]:
+def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     x, z, scales, wanted = args[MOST], args[MOST + 1], args[-2], args[-1]
     weights, a, b = members(args[MOST + 2 : -2])
     want_x, wants = wanted[0], members(wanted[1:], len(weights))
@@ -169,28 +173,50 @@ def _backward_reference(*args: Any) -> list[Tensor]:
         if wants[2][i]:
             z_mr = z[:, at[i] : at[i] + b_nr.shape[1]]
             grads.append((dys[i].t() @ z_mr).to(b_nr.dtype))
-    return grads
+    return _padded_grads(x, wanted, grads)
 
 
 _backward_plan = _library.planned(_lora_group_launch.plan)
 
 
-def _backward_kernel(*args: Any) -> list[Tensor]:
+def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
     plan = _backward_plan(args[MOST], tuple(args[-2]), *args[MOST + 2 : -2], *args[:MOST])
     if plan.reason:
-        result: list[Tensor] = _library.fall_back("lora_group_backward", plan.reason, *args)
+        result: tuple[Tensor, ...] = _library.fall_back("lora_group_backward", plan.reason, *args)
         return result
-    return _lora_group_launch.backward(plan, *args)
+    return _padded_grads(args[MOST], args[-1], _lora_group_launch.backward(plan, *args))
 
 
 _group_backward = _library.define(
     f"lora_group_backward({_schema('Tensor? grad_y')}, Tensor x, Tensor z, "
-    f"{_schema('Tensor weight, Tensor a, Tensor b')}, float[] scales, bool[] wanted) -> Tensor[]",
+    f"{_schema('Tensor weight, Tensor a, Tensor b')}, float[] scales, bool[] wanted) "
+    f"-> ({', '.join(['Tensor'] * (1 + 3 * MOST))})",
     fake=_backward_fake,
     reference=_backward_reference,
     kernel=_backward_kernel,
     devices=("CUDA",),
 )
+
+
+class _Held(NamedTuple):
+    """What a backward that was not of all members leaves for the others', since autograd frees its own."""
+
+    saved: tuple[Tensor | None, ...]
+    versions: list[int]
+    done: set[int]
+    """Members whose derivatives were here."""
+
+    def check(self) -> None:
+        """Raise as autograd does where a saved tensor was changed."""
+        if self.versions != _versions(self.saved):
+            raise RuntimeError(
+                "lora_group: one of the variables needed for gradient computation has been modified by an "
+                "inplace operation between the backwards of two members. Fix: one backward for both"
+            )
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [tensor._version for tensor in tensors if tensor is not None]
 
 
 class _LoraGroup(torch.autograd.Function):
@@ -207,6 +233,8 @@ class _LoraGroup(torch.autograd.Function):
             y for i, y in enumerate(outputs[:MOST])
             if weights[i] is None or not (want_x or any(wants[i::MOST]))
         ]  # fmt: skip
+        # Members whose derivatives may come; less where outputs are kept for who may never take them.
+        ctx.count, ctx.held = MOST - len(idle), None
         ctx.mark_non_differentiable(outputs[-1], *idle)
         ctx.set_materialize_grads(False)
         return outputs
@@ -218,13 +246,24 @@ class _LoraGroup(torch.autograd.Function):
         here = [dy is not None for dy in dys]
         if not any(here):
             return (None,) * len(needs)
-        saved = ctx.saved_tensors
+        if ctx.held is None:
+            saved = ctx.saved_tensors
+            if sum(here) < ctx.count:
+                ctx.held = _Held(saved, _versions(saved), set())
+        else:
+            saved = ctx.held.saved
+            ctx.held.check()
+        if ctx.held is not None:
+            ctx.held.done.update(itertools.compress(range(MOST), here))
+            ctx.held = ctx.held if len(ctx.held.done) < ctx.count else None
         want_x, *rest = needs[1:-1]
         rest = [want and here[i % MOST] for i, want in enumerate(rest)]
         want_bias = rest[MOST : 2 * MOST]
         wanted = [want_x, *rest[:MOST], *rest[2 * MOST :]]
-        made = iter(_group_backward(*dys, *saved, ctx.scales, wanted) if any(wanted) else ())
-        results = [next(made) if want else None for want in wanted]
+        results = [None] * len(wanted)
+        if any(wanted):
+            made = _group_backward(*dys, *saved, ctx.scales, wanted)
+            results = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
         biases = [
             dy.reshape(saved[1].shape[0], dy.shape[-1]).sum(0) if want else None
             for dy, want in zip(dys, want_bias, strict=True)

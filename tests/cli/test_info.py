@@ -9,6 +9,7 @@ import torch
 
 import pyfast
 from pyfast import _extension
+from pyfast.families import FAMILIES
 from tests.cases import CASES
 from tests.cli.conftest import Run
 
@@ -24,7 +25,10 @@ def test_info_shows_every_part(run: Run) -> None:
     assert status == 0
     for title in ("Build", "Devices", "Libraries", "Support", "Kernels"):
         assert f"{title}\n" in out
-    assert "Llama" in out
+    support = out.partition("Support\n")[2].partition("Kernels\n")[0]
+    for family in FAMILIES:
+        (row,) = [line for line in support.splitlines() if line.startswith(f"  {family.name}  ")]
+        assert all(method in row for method in ("SFT", "LoRA", "QLoRA"))
 
 
 def test_every_op_is_served_on_every_kind_of_device(run: Run) -> None:

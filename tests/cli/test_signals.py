@@ -90,17 +90,41 @@ def test_ctrl_c_while_a_command_works(run: Run, monkeypatch: pytest.MonkeyPatch)
         run("info", "--debug")
 
 
-@pytest.mark.parametrize("module", ["pyfast.train", "jsonargparse", "transformers"])
-def test_ctrl_c_while_modules_are_imported(module: str) -> None:
-    script = (
-        "import sys\n"
-        "class Interrupting:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == sys.argv[1]:\n"
-        "            raise KeyboardInterrupt\n"
-        "sys.meta_path.insert(0, Interrupting())\n"
-        "from pyfast.cli import main\n"
-        "sys.exit(main(['info']))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, module], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Run:
+    """Run Python in an environment where Ctrl-C comes as soon as a module is asked for."""
+
+    def call(module: str, *arguments: object) -> tuple[int, str, str]:
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\n"
+            "class Interrupting:\n"
+            "    def find_spec(self, name, *_):\n"
+            f"        if name == {module!r}:\n"
+            "            raise KeyboardInterrupt\n"
+            "sys.meta_path.insert(0, Interrupting())\n"
+        )
+        command = [sys.executable, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+MAIN = "import sys\nfrom pyfast.cli import main\nsys.exit(main())\n"
+
+
+@pytest.mark.parametrize("module", ["torch", "pyfast.train", "jsonargparse", "transformers"])
+def test_ctrl_c_while_modules_are_imported(interrupted: Run, tmp_path: Path, module: str) -> None:
+    script = tmp_path / "pyfast"
+    script.write_text(MAIN)
+    for command in ([script], ["-m", "pyfast"]):
+        assert interrupted(module, *command, "info") == (130, "", "Interrupted.\n")
+        _, _, err = interrupted(module, *command, "info", "--debug")
+        assert err.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_ctrl_c_in_a_program_that_imports_pyfast(interrupted: Run) -> None:
+    status, _, err = interrupted("torch", "-c", "import pyfast", "pyfast")
+    assert status != 130
+    assert err.rstrip().endswith("KeyboardInterrupt")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,30 @@ def test_merge_into_nf4_rounded_weights(
     torch.testing.assert_close(logits(merged), expected, rtol=2e-2, atol=2e-2)
     unrounded = adapted_logits(base, adapter).float()
     assert (logits(merged) - unrounded).norm() > 3 * (logits(merged) - expected).norm()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_gives(
+    run: Run, base: Path, trained: Path, tmp_path: Path, umask: int
+) -> None:
+    adapter = trained / "adapter"
+    commands = {
+        "m": ["merge", "--adapter", adapter],
+        "q": ["quantize", "--model", base],
+        "d": ["convert", "--source", base],
+        "a": ["convert", "--source", adapter],
+    }
+    before = os.umask(umask)
+    try:
+        for name, command in commands.items():
+            assert run(*command, "--output", tmp_path / name)[0] == 0
+        (tmp_path / "ordinary").touch()
+    finally:
+        os.umask(before)
+    expected = (tmp_path / "ordinary").stat().st_mode
+    files = [file for name in commands for file in (tmp_path / name).iterdir()]
+    assert len(files) > 8
+    assert {file.stat().st_mode for file in files} == {expected}
 
 
 def test_adapter_of_a_stored_4_bit_model(run: Run, base: Path, data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that are computed together: when they are, and when they are not."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from pyfast import ops
 from pyfast.errors import UnsupportedError
 from pyfast.methods.lora import LoraLinear
 from pyfast.nn import NF4Linear, weight_of
-from pyfast.nn.group import form_groups
+from pyfast.nn.group import disband_groups, form_groups
 
 F = torch.nn.functional
 OUT = {"q": 12, "k": 8, "v": 8}
@@ -142,8 +144,47 @@ def test_a_change_between_two_members_is_seen(change):
 def test_another_tensor_with_the_same_values_is_another_input():
     trio, x = Trio(), inputs()
     (_, _), ran = served(lambda: (trio.q(x), trio.k(x.clone())))
-    assert ran == ["group"] * 2
-    assert kept(trio) == ["q", "v"]
+    assert ran == ["group", "linear"]
+    assert kept(trio) == ["k", "v"]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_inputs_that_take_turns(grad):
+    """One of them is computed for together, instead of each for all members at each call."""
+    trio, (x, y, z) = Trio(), (inputs(seed) for seed in range(3))
+    with torch.set_grad_enabled(grad):
+        calls = [(name, each) for name in "qkv" for each in (x, y, z)]
+        got, ran = served(lambda: [getattr(trio, name)(each) for name, each in calls])
+        close(got, [plain(trio, each, name)[0] for name, each in calls])
+    # Those of x are taken one by one; the last of y has nothing to wait for.
+    assert ran == ["group", *["linear"] * 4, "group", "linear"]
+    with torch.no_grad():
+        y.add_(1)  # what waits for it can never be taken
+    assert served(lambda: trio(x))[1] == ["group"]
+
+
+@pytest.mark.parametrize("inside", [0, 1])
+def test_inference_mode_for_one_of_the_members(inside):
+    trio, x = Trio(), inputs(grad=False)
+    ys = []
+    with torch.no_grad():
+        for i, layer in enumerate((trio.q, trio.k)):
+            with torch.inference_mode(i == inside):
+                ys.append(layer(x))
+    close(ys, plain(trio, x, "qk"))
+    assert [y.is_inference() for y in ys] == [i == inside for i in range(2)]
+
+
+def test_groups_can_be_switched_off():
+    trio, x = Trio(), inputs()
+    trio.q(x)
+    disband_groups(trio)
+    ys, ran = served(lambda: trio(x))
+    assert ran == ["linear"] * 3
+    close(ys, plain(trio, x))
+    assert trio.q.extra_repr() == ""
+    form_groups([dict(trio.named_children())])
+    assert served(lambda: trio(x))[1] == ["group"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
@@ -258,7 +299,7 @@ def test_members_that_are_no_plain_product():
         elif what == "quantised":
             trio.k.base_layer = NF4Linear.from_weight(weight_of(trio.k.base_layer))
         elif what == "replaced":
-            trio.k.base_layer.forward = trio.k.base_layer.forward
+            trio.k.base_layer.forward = partial(nn.Linear.forward, trio.k.base_layer)
         else:
             parametrize.register_parametrization(trio.k.lora_A["default"], "weight", nn.Identity())
     for trio in cases.values():

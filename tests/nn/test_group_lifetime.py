@@ -37,8 +37,9 @@ def test_what_is_never_taken_is_dropped():
     x = inputs()
     trio.q(x)
     refs = waiting(trio)
-    trio(inputs(2), "k")
-    assert not any(ref() is not None for ref in refs)  # by the next input
+    with torch.no_grad():
+        trio(inputs(2), "k")
+    assert not any(ref() is not None for ref in refs)  # by the next input in another state
     refs = waiting(trio)
     group = weakref.ref(trio.q.input_group)
     del trio
@@ -55,6 +56,27 @@ def test_a_step_leaves_no_output():
     del first
     assert trio.q.input_group._kept is None
     assert not any(ref() is not None for ref in refs)
+
+
+@pytest.mark.parametrize("first", ["q", "v"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_member_may_have_a_backward_of_its_own(first, frozen):
+    trio, (x, y) = Trio(), (inputs(grad=False), inputs(2))
+    if frozen:  # then its output has no derivative
+        trio.q.requires_grad_(False)
+    for each in (x, y):
+        names = first + "qkv".replace(first, "")
+        pairs = zip(trio(each, names), plain(trio, each, names), strict=True)
+        for mine, theirs in pairs:
+            if not mine.requires_grad:
+                continue
+            got, want = [], []
+            for output, into in ((mine, got), (theirs, want)):
+                trio.zero_grad()
+                y.grad = None
+                output.square().sum().backward()
+                into.extend(p.grad for p in [y, *trio.parameters()] if p.grad is not None)
+            close(got, want)
 
 
 # --- copies, replicas, threads ----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pyfast.errors import UnsupportedError
 from pyfast.ops import OPS, _library
 from pyfast.testing import seeded
 from tests.cases import CASES, packed
+from tests.ops.conftest import dispatched
 
 CALLS = [case for case in CASES if OPS[case.op].differentiable]
 ran: list[str] = []
@@ -67,14 +68,6 @@ probe = _library.define(
     autograd=Probe,
 )
 PROBE = OPS.pop("eager_probe")  # the table is of the package's own ops
-
-
-def dispatched(function):
-    """What the call gives, and the ops of ours that went through torch's dispatcher; the profiler tells."""
-    with torch.autograd.profiler.profile() as profile:
-        result = function()
-    names = {event.name for event in profile.function_events}
-    return result, {name for name in names if name.startswith("pyfast::")}
 
 
 def operands(y=True):
@@ -214,6 +207,15 @@ class Named(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         seen.append(func)
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_profilers_see_the_op_in_both_directions():
+    x, w, a, b = (torch.randn(s, requires_grad=True) for s in ((5, 8), (6, 8), (2, 8), (6, 2)))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        ops.lora_linear(x, w, a, b, scale=1.0).sum().backward()
+    seen = {e.key: e for e in profile.key_averages(group_by_input_shape=True)}
+    assert seen["pyfast::lora_linear"].input_shapes[:2] == [[5, 8], [6, 8]]
+    assert seen["pyfast::lora_linear_backward"].input_shapes[:2] == [[5, 6], [5, 8]]
 
 
 def test_function_modes_and_subclasses_see_the_op():

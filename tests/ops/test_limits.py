@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -79,6 +80,40 @@ def test_meta_tensors_give_shapes(autocast):
         y = ops.lora_linear(x, w, a, b, scale=1.0, dropout=0.5)
         assert (y.shape, y.dtype) == ((2, 3, 6), torch.nn.functional.linear(x, w).dtype)
         assert ops.adapter_bottleneck(x, a, a.t()).shape == x.shape
+
+
+def kept(numel):
+    """The buffer that serves `numel` elements, weakly."""
+    like = torch.zeros(1, dtype=torch.float64)
+    _scratch.scratch(numel, like)
+    return weakref.ref(_scratch._buffers[like.device, like.dtype, 0])
+
+
+def test_a_kept_buffer_is_freed_ahead_of_a_larger_one(monkeypatch):
+    """Else the two of them would be in memory at once, which is where a large model runs out of it."""
+    monkeypatch.setattr(_scratch, "_buffers", {})
+    empty, alive = torch.empty, []
+    first = kept(8)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: alive.append(first()) or empty(*a, **k))
+    assert kept(8) is first
+    assert kept(9)().numel() == 9
+    assert alive == [None]
+
+
+def test_kept_buffers_do_not_come_from_the_pool_of_the_thread_that_asks(monkeypatch):
+    """As `torch.cuda.use_mem_pool` and the warm-up of CUDA graph trees set one for their own thread."""
+    monkeypatch.setattr(_scratch, "_buffers", {})
+    empty, threads = torch.empty, []
+
+    def noting(*args, **options):
+        threads.append(threading.get_ident())
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", noting)
+    with torch.inference_mode():
+        assert not kept(8)().is_inference()
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

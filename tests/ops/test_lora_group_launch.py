@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the CUDA kernels behind `lora_group` are launched, with the extension of test_lora_launch."""
+"""How the CUDA kernels behind `lora_group` are launched, see `lora_extension`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import itertools
 import pytest
 import torch
 
-from pyfast import _extension, ops
-from pyfast.ops import _library, _lora_group_launch
+from pyfast import ops
+from pyfast.ops import _lora_group_launch
 from pyfast.testing import seeded
-from tests.ops import test_lora_launch as launch
-from tests.ops.test_lora_launch import DTYPES, at
+from tests.ops import lora_extension
+from tests.ops.lora_extension import DTYPES, at, inputs, use
 
 group = importlib.import_module("pyfast.ops.lora_group")
 K, OUT, SCALE = 16, (24, 8, 40), 0.75
 
 
-class Extension(launch.Extension):
+class Extension(lora_extension.Extension):
     """Without W, as the group calls it: what lies between the columns of z and dz belongs to others."""
 
     def lora_forward(self, *args):
@@ -47,13 +47,7 @@ class Extension(launch.Extension):
 def layers(monkeypatch):
     """`lora_group` by the launches for CUDA."""
     extension = Extension("")
-    monkeypatch.setattr(_extension, "C", extension)
-    monkeypatch.setattr(_extension, "has_cuda", lambda: True)
-    monkeypatch.setattr(_lora_group_launch, "raw_stream", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for name in ("_forward_plan", "_backward_plan"):
-        fresh = _library.planned(getattr(group, name).__wrapped__)
-        monkeypatch.setattr(group, name, fresh)
+    use(extension, group, _lora_group_launch, monkeypatch)
     monkeypatch.setattr(group, "_group_backward", group._backward_kernel)
 
     def run(x, w, a, b, t, scale=SCALE):
@@ -124,13 +118,13 @@ def test_types_and_ranks(layers, ranks, dtype):
     assert calls == (["forward"] + ["backward"] * (len(ranks) + 1)) * 4  # x is read once each way
 
 
-@pytest.mark.parametrize("name", list(launch.inputs(K)))
+@pytest.mark.parametrize("name", list(inputs(K)))
 def test_layouts_of_x_and_dy(layers, name):
     (_, *rest), _ = operands()
-    x = launch.inputs(K)[name].detach().requires_grad_()
+    x = inputs(K)[name].detach().requires_grad_()
     (_, *_), dys = operands(m=x.shape[:-1])
     check(layers, (x, *rest), dys)
-    dy = launch.inputs(OUT[0])[name]
+    dy = inputs(OUT[0])[name]
     tensors, dys = operands(m=dy.shape[:-1])
     check(layers, tensors, [dy, *dys[1:]])
 
