@@ -176,8 +176,8 @@ struct Partials {
   Partials(const Problem& problem, int sm_count)
       : z(round_up(most_partials(problem, sm_count), 128)), db(z), da(z) {
     const auto [m, n, k, r] = std::tuple(problem.m, problem.n, problem.k, problem.r);
-    const MakingPlan forward = plan_making(m, n, k, r, sm_count);
-    const MakingPlan backward = plan_making(m, k, n, r, sm_count);
+    const MakingPlan forward = plan_making(m, n, k, r, false, sm_count);
+    const MakingPlan backward = plan_making(m, k, n, r, false, sm_count);
     if (forward.columns > 0 || backward.columns > 0) {
       z = std::max(z, round_up(making_workspace(m, r), 128));
     }
@@ -189,6 +189,13 @@ struct Partials {
   }
   std::int64_t z, db, da;
 };
+
+// Where the GEMM makes z or dz. With dropout there are kernels for W [N, K] alone.
+MakingPlan plan_making_of(const Problem& problem, const GemmArgs& args, int sm_count) {
+  const bool drops = problem.seed != nullptr;
+  if (!making_allowed() || (drops && !problem.by_out)) return {};
+  return plan_making(args.m, args.n, args.k, args.r, drops, sm_count);
+}
 
 // y = x W^T + bias + z B^T; transposed, dx = dy W + dz A. What is in, out and low rank comes after.
 GemmArgs gemm_args(const Problem& problem, bool transposed) {
@@ -244,20 +251,22 @@ std::string_view launch_product(const GemmArgs& args, const MakingPlan& making, 
 // dB and dA of what a GEMM has made of them.
 void add_side_parts(const Backward& params, const MakingPlan& making, const SideParts& parts,
                     void* stream) {
-  const auto sum = [&](const float* from, std::int64_t columns, int tile, void* out) {
+  const auto sum = [&](const float* from, std::int64_t columns, int tile, float scale, void* out) {
     SideSum sum;
     sum.parts = from;
     sum.rows = std::min(side_part_rows(making.gemm), static_cast<int>(ceil_div(params.m, 256) * 2));
     sum.width = static_cast<int>(round_up(columns, tile));
     sum.columns = static_cast<int>(columns);
     sum.rank = static_cast<int>(params.r);
+    sum.scale = scale;
     sum.out = out;
     sum.dtype = params.adapter_dtype;
     return sum;
   };
-  SideSum db = sum(parts.db, params.n, kSideTileDb, params.db);
+  SideSum db = sum(parts.db, params.n, kSideTileDb, 1.0F, params.db);
   db.pitch = params.r;
-  SideSum da = sum(parts.da, making.columns, kSideTileDa, params.da);
+  SideSum da = sum(parts.da, making.columns, kSideTileDa,
+                   params.seed != nullptr ? keep_scale(params.threshold) : 1.0F, params.da);
   da.pitch = params.k;
   da.by_rank = true;
   launch_side_parts(db, da, params.dtype, stream);
@@ -320,9 +329,7 @@ std::string_view forward(const Forward& params, const Placement& place) {
 
   GemmArgs gemm = gemm_args(params, false);
   MakingPlan making;  // where the GEMM makes z
-  if (params.w != nullptr && params.seed == nullptr && making_allowed()) {
-    making = plan_making(gemm.m, gemm.n, gemm.k, gemm.r, sm_count);
-  }
+  if (params.w != nullptr) making = plan_making_of(params, gemm, sm_count);
   const bool makes = making.columns > 0;
   Factors factors(params, arena);
   const Factor a = factors.take(params.a, params.r, params.k, makes && !params.by_out);
@@ -332,6 +339,10 @@ std::string_view forward(const Forward& params, const Placement& place) {
 
   if (makes) {
     gemm.making = {a.data, a.pitch, params.scale, static_cast<float*>(partials), params.counters};
+    if (params.seed != nullptr) {
+      gemm.mask = {params.seed, params.threshold, 1.0F};
+      gemm.making.scale *= keep_scale(params.threshold);
+    }
   } else {
     SkinnyArgs z = skinny(params, params.x, params.pitch_x, params.k);
     z.scale = params.scale;
@@ -372,9 +383,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
     gemm.mask = {params.seed, params.threshold, keep_scale(params.threshold)};
   }
   MakingPlan making;  // where the GEMM makes dz
-  if (gemm_runs && params.seed == nullptr && making_allowed()) {
-    making = plan_making(gemm.m, gemm.n, gemm.k, gemm.r, sm_count);
-  }
+  if (gemm_runs) making = plan_making_of(params, gemm, sm_count);
   const bool makes = making.columns > 0;
   Factors factors(params, arena);
   Factor a, b;

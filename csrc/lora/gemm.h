@@ -51,7 +51,7 @@ struct GemmArgs {
   void* y = nullptr;
   std::int64_t pitch_x = 0, pitch_w = 0, pitch_z = 0, pitch_b = 0, pitch_y = 0;
   int m = 0, n = 0, k = 0, r = 0;
-  Mask mask;       // of z B^T; needs a plan with a kernel for it
+  Mask mask;       // of z B^T, or of x where z is made of it; needs a plan with a kernel for it
   Making making;   // the same
   SideParts side;  // needs kGemmMaking16
 };
@@ -65,16 +65,17 @@ struct GemmPlan {
   int blocks = 0;  // of the grid; 0: as few as the waves need
 };
 
-// Tile, schedule, cluster; what the last three are for: a mask, and making z of up to 16 or 128
-// ranks.
+// Tile, schedule, cluster; what the last four are for: a mask, making z of up to 16 or 128 ranks,
+// and both for 16 ranks.
 inline constexpr std::string_view kGemmNames[] = {
     "gemm_sm90_128x256_cooperative_2x1",
     "gemm_sm90_128x128_pingpong_1x2",
     "gemm_sm90_128x256_cooperative_2x1_masked",
     "gemm_sm90_128x256_cooperative_2x1_making_16",
     "gemm_sm90_128x256_cooperative_2x1_making_128",
+    "gemm_sm90_128x256_cooperative_2x1_making_16_masked",
 };
-inline constexpr int kGemmMasked = 2, kGemmMaking16 = 3, kGemmMaking128 = 4;
+inline constexpr int kGemmMasked = 2, kGemmMaking16 = 3, kGemmMaking128 = 4, kGemmMakingDrop = 5;
 
 // The measured plan of the nearest shape in gemm_plans.inc.
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k);
@@ -85,7 +86,7 @@ struct MakingPlan {
   GemmPlan gemm;
   std::int64_t columns = 0;
 };
-MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
+MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r, bool drops,
                        int sm_count);
 // Such a kernel starts when all of its SMs are free at once. Where kernels of others hold SMs until
 // a peer answers (NCCL), that costs their overlap, and two of them can wait in a circle: forbid it.

@@ -21,7 +21,7 @@
 
 namespace pyfast::lora {
 
-enum class Kind { kPlain, kMasked, kMaking16, kMaking128 };
+enum class Kind { kPlain, kMasked, kMaking16, kMaking128, kMaking16InX, kMaking16InDx };
 
 template <class Stock, Kind kKind>
 struct MainloopOf {
@@ -34,6 +34,14 @@ struct MainloopOf<Stock, Kind::kMasked> {
 template <class Stock>
 struct MainloopOf<Stock, Kind::kMaking16> {
   using type = MakesZ<Stock, 16>;
+};
+template <class Stock>
+struct MainloopOf<Stock, Kind::kMaking16InX> {
+  using type = MakesZ<Stock, 16, Drop::kInX>;
+};
+template <class Stock>
+struct MainloopOf<Stock, Kind::kMaking16InDx> {
+  using type = MakesZ<Stock, 16, Drop::kInDx>;
 };
 template <class Stock>
 struct MainloopOf<Stock, Kind::kMaking128> {
@@ -75,8 +83,11 @@ struct GemmSm90 {
   using Row = cutlass::layout::RowMajor;
   static constexpr int kAlign = 8;
   static constexpr int kM = cute::size<0>(Tile{}), kN = cute::size<1>(Tile{});
+  static constexpr bool kDrops = kKind == Kind::kMaking16InX || kKind == Kind::kMaking16InDx;
   static constexpr int kMakingRank =
-      kKind == Kind::kMaking16 ? 16 : (kKind == Kind::kMaking128 ? 128 : 0);
+      kKind == Kind::kMaking16 || kDrops ? 16 : (kKind == Kind::kMaking128 ? 128 : 0);
+  static constexpr int kBytesMore =
+      making_bytes(kMakingRank) + (kKind == Kind::kMaking16InDx ? 2 * kMaskTileBytes : 16);
 
   using Fusion = cutlass::epilogue::fusion::LinCombPerColBias<Element, float, Element, void>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -86,7 +97,7 @@ struct GemmSm90 {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, Row, kAlign, Element, LayoutW,
       kAlign, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-          sizeof(typename Epilogue::SharedStorage) + making_bytes(kMakingRank))>,
+          sizeof(typename Epilogue::SharedStorage) + kBytesMore)>,
       Schedule>::CollectiveOp;
   using Mainloop = typename MainloopOf<Stock, kKind>::type;
   using Kernel =
@@ -129,6 +140,9 @@ struct GemmSm90 {
       PYFAST_CHECK(!early, "lora_linear: a GEMM that makes z cannot be launched early");
       PYFAST_CHECK(kMakingRank == kSideRank || (args.side.da == nullptr && args.side.db == nullptr),
                    "lora_linear: this GEMM makes no parts of dA and dB");
+      PYFAST_CHECK(kDrops == (args.mask.seed != nullptr), "lora_linear: this GEMM is for products ",
+                   kDrops ? "with" : "without", " dropout");
+      arguments.mainloop.mask = args.mask;
       arguments.mainloop.making = args.making;
       arguments.mainloop.side = args.side;
       arguments.mainloop.rows_at_once = side_part_rows(plan);
@@ -219,6 +233,11 @@ void launch_gemm_sm90(const GemmArgs& args, const GemmPlan& plan, int sm_count, 
     case kGemmMaking128:
       return GemmOf<Element, kByOut, 128, 256, 2, 1, Cooperative, EpilogueTileAuto,
                     Kind::kMaking128>::launch(args, plan, sm_count, early, stream);
+    // With dropout, for weights by out feature alone: of x in y = x W^T, of z B^T in dx = dy W.
+    case kGemmMakingDrop:
+      return GemmOf < Element, kByOut, 128, 256, 2, 1, Cooperative, EpilogueTileAuto,
+             kByOut ? Kind::kMaking16InX
+                    : Kind::kMaking16InDx > ::launch(args, plan, sm_count, early, stream);
     default:
       PYFAST_CHECK(false, "lora_linear: there is no GEMM kernel ", plan.kernel);
   }

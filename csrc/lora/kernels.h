@@ -48,6 +48,7 @@ struct SideSum {
   const float* parts = nullptr;  // [rows][width / 64] tiles of 64 columns and 16 ranks
   int rows = 0, width = 0;
   int columns = 0, rank = 0;
+  float scale = 1.0F;
   void* out = nullptr;
   std::int64_t pitch = 0;
   DType dtype = DType::bf16;

@@ -53,6 +53,21 @@ CUTLASS_DEVICE void narrow_multiply(const void* t, const void* v, float (&d)[kNa
   }
 }
 
+// Starts D[64, 16] += X Q^T over one step of 16 columns, with X in registers as wgmma takes it and
+// Q a tile of rows of 128 bytes by rank, or of 32 bytes by column.
+template <class Element, bool kByRank>
+CUTLASS_DEVICE void narrow_multiply_rows(const std::uint32_t (&x)[4], const void* q, int step,
+                                         float (&d)[kNarrowSums]) {
+  constexpr auto kK = cute::GMMA::Major::K;
+  constexpr auto kMajor = kByRank ? kK : cute::GMMA::Major::MN;
+  using Product = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
+                                     cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<kK, kMajor>,
+                                     cute::SM90::GMMA::MMA_64x16x16_F32F16F16_RS<kK, kMajor>>;
+  const std::uint64_t from = narrow_descriptor<kByRank ? 128 : 32>(q);
+  Product::fma(x[0], x[1], x[2], x[3], from + step * ((kByRank ? 32 : 16 * 32) >> 4), d[0], d[1],
+               d[2], d[3], d[4], d[5], d[6], d[7]);
+}
+
 // Stores the sums of a warpgroup for 64 columns, or adds them to what this block has stored there:
 // float4 [2][kNarrowThreads]. Nobody else adds to them, so the order is that of the program.
 CUTLASS_DEVICE void narrow_store(float* tile, const float (&d)[kNarrowSums], int thread,

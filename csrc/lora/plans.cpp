@@ -53,7 +53,7 @@ std::int64_t making_workspace(std::int64_t m, std::int64_t r) {
   return rows * kMakers * making_width(r) * static_cast<std::int64_t>(sizeof(float));
 }
 
-MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r,
+MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r, bool drops,
                        int sm_count) {
   constexpr std::int64_t kTileN = 256, kLeastK = 2048, kMostBytes = 128 << 20;
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
@@ -69,9 +69,10 @@ MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
   const std::int64_t in_two =
       ceil_div(rows * whole, making) + ceil_div(rows * (tiles - whole), clusters);
   if (std::min(at_once, in_two) > waves) return {};
+  if (drops && (r > kSideRank || at_once > waves)) return {};
   MakingPlan plan;
-  plan.columns = at_once <= in_two ? n : whole * kTileN;
-  plan.gemm.kernel = r <= kSideRank ? kGemmMaking16 : kGemmMaking128;
+  plan.columns = drops || at_once <= in_two ? n : whole * kTileN;
+  plan.gemm.kernel = drops ? kGemmMakingDrop : r <= kSideRank ? kGemmMaking16 : kGemmMaking128;
   plan.gemm.swizzle = kMakers;
   plan.gemm.blocks = static_cast<int>(2 * making);
   return plan;

@@ -18,8 +18,8 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/sm90_tile_scheduler.hpp>
 
-#include "common/philox.h"
 #include "lora/gemm.h"
+#include "lora/mask_tiles.cuh"
 
 namespace pyfast::lora {
 
@@ -244,38 +244,22 @@ struct MaskedTwoPairs : TwoPairs<Base> {
   }
 
  private:
-  CUTLASS_DEVICE static std::uint32_t pick(const std::uint32_t (&words)[4], int index) {
-    const std::uint32_t low = index & 1 ? words[1] : words[0];
-    const std::uint32_t high = index & 1 ? words[3] : words[2];
-    return index & 2 ? high : low;
-  }
-
-  // A thread's sums lie in two rows, and of every eight columns it has two: those of word lane % 4
-  // of their Philox block. So of four blocks in a row each lane of a quad draws one, and they trade
-  // words.
+  // A thread's sums lie in two rows, and of every eight columns it has two.
   template <class Accumulator>
   CUTLASS_DEVICE static void apply(Accumulator& sums, const Mask& mask, int row, int group,
                                    int thread) {
     static_assert(decltype(cute::size(sums))::value == kTileN / 2, "a thread has two rows");
     const MaskSeed seed(mask.seed);
-    const int lane = thread % 32, quad = lane % 4;
-    row += thread / 32 * 16 + lane / 4;
+    row += thread / 32 * 16 + thread % 32 / 4;
     CUTLASS_PRAGMA_UNROLL
     for (int half = 0; half < 2; ++half) {
       CUTLASS_PRAGMA_UNROLL
       for (int first = 0; first < kTileN / 8; first += 4) {
-        const PhiloxBlock drawn = philox4x32(
-            {{static_cast<std::uint32_t>(row + half * 8),
-              static_cast<std::uint32_t>(group + first + quad), seed.offset0, seed.offset1}},
-            seed.key0, seed.key1);
-        std::uint32_t traded[4];  // from lane quad ^ i, hence of block first + (quad ^ i)
+        std::uint32_t words[4];
+        draw_words(seed, row + half * 8, group + first, words);
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
-          traded[i] = __shfl_xor_sync(0xFFFFFFFF, pick(drawn.words, quad ^ i), i);
-        }
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const std::uint32_t word = pick(traded, quad ^ i);
+          const std::uint32_t word = words[i];
           float& even = sums(4 * (first + i) + 2 * half);
           float& odd = sums(4 * (first + i) + 2 * half + 1);
           even = (word & 0xFFFFU) >= mask.threshold ? even * mask.scale : 0.0F;

@@ -126,6 +126,26 @@ def test_dropout_draws_one_mask_in_all_kernels(shape, rank, dtype, monkeypatch):
 
 
 @pytest.mark.skipif(not SM90, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [shape for shape in WIDE_SHAPES if shape[1] != 2304], ids=str)
+@pytest.mark.parametrize(("rank", "p"), [(1, 0.5), (9, 0.9), (16, 0.1), (16, 1.0)])
+def test_gemms_that_make_their_low_rank_operand_with_dropout(shape, rank, p, dtype, monkeypatch):
+    m, k, _ = shape
+    seed = torch.tensor([-7, 3 << 35], device="cuda")
+    monkeypatch.setattr(_philox, "new_seed", lambda device: seed)
+    mask = (_philox.keep_mask(seed, m, k, p) * _philox.keep_scale(p)).double()
+    for adapter_dtype in (dtype, torch.float32):
+        x, w, a, b, dy = operands(*shape, rank, dtype, adapter_dtype, True)
+        with ops.recorded_kernels() as ran:
+            y = ops.lora_linear(x, w, a, b, scale=SCALE, dropout=p)
+            y.backward(dy)
+        assert {name for _, name in ran if name != "dropout_cuda"} == {f"{MAKING[16]}_masked"}
+        expected = exact(x, w, a, b, dy, mask)
+        plain = composed(x, w, a, b, dy, mask.to(dtype))
+        check((y.detach(), x.grad, a.grad, b.grad), expected, plain)
+
+
+@pytest.mark.skipif(not SM90, reason="needs compute capability 9.0")
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("rank", [16, 64])
 def test_the_kernels_that_serve(nf4, rank):
