@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pickle
 import shutil
 import sys
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 import pyfast
 from pyfast.cli.dense import is_quantized, load_dense, read_tensors
 from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
+from pyfast.nn import NF4Tensor
+from pyfast.train.checkpoint import honour_umask
 from pyfast.train.config import RunOptions
 from pyfast.train.default_model import HUB_ID, default_model_dir, has_default_model
 from pyfast.train.metrics import say
@@ -67,9 +70,8 @@ def generate(
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty. Fix: --prompt 'a question'.")
     place = choose_place(RunOptions(device=device, dtype=dtype))
-    network, tokenizer = load_pretrained(_base(model, adapter), place.dtype, place.device)
-    if nf4 and getattr(network.config, "quantization_config", None) is None:
-        pyfast.quantize(network, blocksize=blocksize, nested=nested)
+    quant = {"blocksize": blocksize, "nested": nested} if nf4 else None
+    network, tokenizer = load_pretrained(_base(model, adapter), place.dtype, place.device, quant)
     if adapter is not None:
         _load_adapter(network, adapter)
     torch.manual_seed(seed)
@@ -141,20 +143,22 @@ def quantize(model: str, output: str, blocksize: int = 64, nested: bool = True) 
         nested: Quantise the scales too.
     """
     with _new_directory(output) as directory:
+        quant = {"blocksize": blocksize, "nested": nested}
         network, tokenizer = load_pretrained(
-            model_source(model), torch.bfloat16, torch.device("cpu")
+            model_source(model), torch.bfloat16, torch.device("cpu"), quant
         )
         if getattr(network.config, "quantization_config", None) is not None:
             raise ConfigError(
                 f"'{model}' is quantised already. Fix: pyfast convert it to a dense one first."
             )
-        before = sum(parameter.nbytes for parameter in network.parameters())
-        pyfast.quantize(network, blocksize=blocksize, nested=nested)
+        packed = [module for module in network.modules() if isinstance(module, NF4Tensor)]
+        count = sum(math.prod(module.shape) - module.weight.numel() for module in packed)
+        count += sum(parameter.numel() for parameter in network.parameters())
         network.save_pretrained(directory)
         save_tokenizer(tokenizer, directory)
         after = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     say(
-        f"{model}: {before / 1e6:,.1f} MB in bf16, {after / 1e6:,.1f} MB in NF4. Written to {output}."
+        f"{model}: {2 * count / 1e6:,.1f} MB in bf16, {after / 1e6:,.1f} MB in NF4. Written to {output}."
     )
 
 
@@ -285,9 +289,7 @@ def _new_directory(output: str) -> Iterator[Path]:
             inner = Path(temporary) / "out"
             inner.mkdir()
             yield inner
-            for file in inner.rglob("*"):
-                if file.is_file():  # safetensors makes such as only their owner can read
-                    file.chmod(inner.stat().st_mode & 0o666)
+            honour_umask(inner)
             inner.rename(target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, pyfast.PyfastError):

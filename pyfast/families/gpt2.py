@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2 (and GPT-3, whose dense architecture it is); linears are transformers' `Conv1D` [in, out]."""
+"""GPT-2 (and GPT-3, whose dense architecture it is); linears are transformers' `Conv1D` [in, out].
 
-from pyfast.families.base import Family, Role
+The models of GPT-3's paper alternate with sparse attention, which transformers does not have.
+"""
+
+from typing import Any
+
+from pyfast.families.base import Family, FusedLayout, Role
+
+
+def _thirds(config: Any) -> FusedLayout:
+    size = config.hidden_size
+    return FusedLayout({Role.Q: size, Role.K: size, Role.V: size})
+
 
 GPT2 = Family(
     name="GPT-3 (GPT-2 architecture)",
     model_types=("gpt2",),
-    layers="transformer.h",
+    layers=("transformer.h",),
     roles={
         "attn.c_attn": Role.QKV,
         "attn.c_proj": Role.ATTENTION_OUT,
@@ -14,4 +25,6 @@ GPT2 = Family(
         "mlp.c_proj": Role.DOWN,
     },
     lora_targets=("c_attn",),
+    mixers=("attn",),
+    fused={Role.QKV: _thirds},
 )

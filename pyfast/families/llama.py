@@ -3,18 +3,23 @@
 
 from pyfast.families.base import Family, Role
 
+ATTENTION = {
+    "self_attn.q_proj": Role.Q,
+    "self_attn.k_proj": Role.K,
+    "self_attn.v_proj": Role.V,
+    "self_attn.o_proj": Role.ATTENTION_OUT,
+}
+ROLES = {
+    **ATTENTION,
+    "mlp.gate_proj": Role.GATE,
+    "mlp.up_proj": Role.UP,
+    "mlp.down_proj": Role.DOWN,
+}
+
 LLAMA = Family(
     name="Llama 1/2/3, CodeLlama",
     model_types=("llama",),
-    layers="model.layers",
-    roles={
-        "self_attn.q_proj": Role.Q,
-        "self_attn.k_proj": Role.K,
-        "self_attn.v_proj": Role.V,
-        "self_attn.o_proj": Role.ATTENTION_OUT,
-        "mlp.gate_proj": Role.GATE,
-        "mlp.up_proj": Role.UP,
-        "mlp.down_proj": Role.DOWN,
-    },
+    layers=("model.layers",),
+    roles=ROLES,
     lora_targets=("q_proj", "v_proj"),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -16,12 +17,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyfast.families import shared_inputs
-from pyfast.integrations.bitsandbytes import unsupported_reason, view_linear4bit
+from pyfast.integrations.bitsandbytes import (
+    check_linear4bit,
+    unsupported_reason,
+    view_linear4bit,
+)
 from pyfast.methods.base import adapted_modules, unwrapped
-from pyfast.nn import AdapterLayer, NF4Linear, weight_of
+from pyfast.methods.targets import kept_dense, output_layers
+from pyfast.nn import NF4Linear, NF4Tensor, SavedModule, weight_of
 from pyfast.nn.adapter_layer import has_hooks
 from pyfast.nn.dora import dora_linear
+from pyfast.nn.experts import NF4Experts, expert_tensors, quantized_names, unserved_experts
 from pyfast.nn.group import GroupMember, Part, form_groups, part_of
+from pyfast.nn.weight import forward_replaced
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
 _VARIANTS = ("NoneType", "DoraLinearVariant")
@@ -92,11 +100,17 @@ def accelerate(model: nn.Module) -> Report:
 
     Raises:
         ConfigError: `model` is not a module.
+        QuantStateError: a 4-bit layer's quantisation state is damaged; nothing was changed.
     """
     model = unwrapped(model)
     report = Report()
     lora_layer: Any = sys.modules.get("peft.tuners.lora.layer")
     bnb: Any = sys.modules.get("bitsandbytes.nn.modules")
+    if bnb is not None:
+        for path, module in model.named_modules():
+            if isinstance(module, bnb.Linear4bit):
+                check_linear4bit(path, module)
+    left_dense = _left_dense(model)
     inside: list[str] = []
     # Inner modules first: an adapted layer's base is served before the layer is looked at.
     for path, module in reversed(list(model.named_modules())):
@@ -115,18 +129,42 @@ def accelerate(model: nn.Module) -> Report:
         elif isinstance(module, NF4Linear):
             report.rows.append(Row(path, name, "nf4_linear", ""))
         elif weight_of(module) is not None:
-            reason = "a dense linear without adapter: torch serves it best"
-            report.rows.append(Row(path, name, "", reason))
+            report.rows.append(Row(path, name, "", left_dense(path)))
+        elif tensors := expert_tensors(module):
+            reason = unserved_experts(module, tensors, 64) or "pyfast.quantize can make them NF4"
+            report.rows.append(Row(path, name, "", f"{', '.join(tensors)} are dense: {reason}"))
+        if isinstance(module, NF4Experts):
+            names = ", ".join(quantized_names(module))  # type: ignore[arg-type]
+            report.rows.append(Row(path, f"{name} of {names}", "nf4_linear", ""))
     adapted = adapted_modules(model)
     for path, layer in adapted.items():
-        if isinstance(layer, AdapterLayer):
-            report.rows.append(Row(path, type(layer).__name__, "lora_linear", ""))
+        if layer.op:
+            report.rows.append(Row(path, type(layer).__name__, layer.op, ""))
+        if not isinstance(layer, SavedModule):
             inside.append(f"{path}.")
     report.rows = [r for r in report.rows if not any(r.path.startswith(p) for p in inside)]
     report.rows.reverse()
     form_groups(shared_inputs(model))
     report.rows = [_with_group(row, model.get_submodule(row.path)) for row in report.rows]
     return report
+
+
+def _left_dense(model: nn.Module) -> Callable[[str], str]:
+    """Why the dense linear at a path is left alone."""
+    bnb: Any = sys.modules.get("bitsandbytes.nn.modules")
+    kinds = (NF4Tensor, bnb.Linear4bit) if bnb is not None else NF4Tensor
+    if not any(isinstance(module, kinds) for module in model.modules()):
+        return lambda path: "a dense linear without adapter: torch serves it best"
+    heads, kept = output_layers(model), kept_dense(model)
+
+    def reason(path: str) -> str:
+        if path in heads:
+            return "the output layer, which stays dense"
+        if path in kept:
+            return "dense, since the model keeps it in float32"
+        return "dense in a 4-bit model; pyfast.quantize can make it NF4"
+
+    return reason
 
 
 def _with_group(row: Row, module: nn.Module) -> Row:
@@ -141,7 +179,7 @@ def _with_group(row: Row, module: nn.Module) -> Row:
 def _lora_reason(module: Any) -> str:
     """Why a PEFT LoRA layer cannot be served; empty if it can."""
     base = module.get_base_layer()
-    if "forward" in vars(module) or "forward" in vars(base):
+    if forward_replaced(module) or forward_replaced(base):
         return "its forward was replaced, as hooks that move weights between devices do"
     if weight_of(base) is None:
         if hasattr(base, "compute_dtype") and hasattr(base.weight, "quant_state"):
@@ -176,6 +214,7 @@ def _part_reason(layer: Any, name: str) -> str:
 
 def _serve(module: nn.Module, mixin: type) -> None:
     if not isinstance(module, mixin):
+        vars(module).pop("forward", None)  # the class's own, which removed hooks leave there
         module.__class__ = _served_class(type(module), mixin)  # type: ignore[arg-type]
 
 

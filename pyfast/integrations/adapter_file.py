@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyfast.errors import (
     AdapterMismatchError,
@@ -30,9 +30,10 @@ from pyfast.errors import (
 from pyfast.methods.apply import config_from_fields
 from pyfast.methods.base import METHODS
 
-PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINING_NAME = "adapter_training.safetensors"
+"""Ours: what some methods need for training to go on, and PEFT's file has no place for."""
 # Our files carry these metadata entries, which PEFT ignores (it warns of unknown fields in the config);
 # files without a digest are read unchecked.
 _DIGEST = "pyfast_sha256"
@@ -50,46 +51,64 @@ _FREE = (
     "task_type",
 )
 _BASE = "pyfast_base_weights"
+_PARTNER = "pyfast_adapter_sha256"
+_FIELDS = "pyfast_config"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_TENSORS = 1_000_000
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def write_adapter(
-    directory: Path, tensors: Mapping[str, Tensor], fields: dict[str, Any], base_weights: str
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    fields: dict[str, Any],
+    own: dict[str, Any],
+    base_weights: str,
+    training: Mapping[str, Tensor],
 ) -> None:
-    """Write both files beside their final names and rename them: an interrupted save leaves the old ones,
-    or a pair whose digests say that it is none.
+    """Write all files beside their final names and rename them: an interrupted save leaves the old ones,
+    or some whose digests say that they do not belong together.
 
     Args:
         directory: created if missing.
         tensors: file keys to tensors.
-        fields: the config.
+        fields: the config, without `own`: what PEFT does not know of it.
         base_weights: format of the weights that the adapter was trained on, "dense" or "nf4".
+        training: keys to tensors of the file of what only training needs; empty for no such file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
+    extra = directory / TRAINING_NAME
     # Names that no other save has and nobody can foresee, to put a link there that is written through.
     unique = f".{uuid.uuid4().hex}.tmp"
-    new_weights, new_settings = weights.with_suffix(unique), settings.with_suffix(unique)
+    new_weights, new_settings, new_extra = (
+        path.with_suffix(unique) for path in (weights, settings, extra)
+    )
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     metadata = {
         "format": "pt",
         _DIGEST: _digest(tensors),
-        _CONFIG_DIGEST: _config_digest(json.loads(text)),
+        _CONFIG_DIGEST: _config_digest(json.loads(text) | own),
         _BASE: base_weights,
-    }
+    } | ({_FIELDS: json.dumps(own)} if own else {})
     try:
         with new_settings.open("x") as file:
             file.write(text)
         save_file(dict(tensors), new_weights, metadata=metadata)
-        # safetensors makes a file that only its owner can read.
+        # safetensors makes files that only their owner can read.
         new_weights.chmod(new_settings.stat().st_mode)
+        if training:
+            partner = {"format": "pt", _DIGEST: _digest(training), _PARTNER: _digest(tensors)}
+            save_file(dict(training), new_extra, metadata=partner)
+            new_extra.chmod(new_settings.stat().st_mode)
+            new_extra.replace(extra)
         new_weights.replace(weights)
         new_settings.replace(settings)
+        if not training:
+            extra.unlink(missing_ok=True)
     finally:
-        new_weights.unlink(missing_ok=True)
-        new_settings.unlink(missing_ok=True)
+        for path in (new_weights, new_settings, new_extra):
+            path.unlink(missing_ok=True)
 
 
 def _config_digest(values: Mapping[str, Any]) -> str:
@@ -107,8 +126,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def read_config(directory: Path) -> Any:
-    """Our config from an `adapter_config.json`.
+def read_config(directory: Path, model: nn.Module) -> Any:
+    """Our config from an `adapter_config.json` for a model.
 
     Raises:
         ConfigError: not a JSON object, or a field has the wrong type.
@@ -120,10 +139,23 @@ def read_config(directory: Path) -> Any:
     kind = values.get("peft_type")
     for method in METHODS.values():
         if method.peft_type is not None and method.peft_type == kind:
+            own = _own_fields(directory)
+            values = {name: own[name] for name in method.own_fields if name in own} | values
             _check_types(path, method.config_type, values)
-            return config_from_fields(method, values)
+            return config_from_fields(method, values, model)
     served = sorted(m.peft_type for m in METHODS.values() if m.peft_type)
     raise ConfigError(f"{path}: peft_type {kind!r} is not served; use one of {served}")
+
+
+def _own_fields(directory: Path) -> dict[str, Any]:
+    """The config's fields in the metadata of the tensors' file; none where it cannot be read, which reading
+    the tensors will say."""
+    try:
+        with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get(_FIELDS, "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
@@ -180,7 +212,11 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def read_tensors(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, Tensor], model: str
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    base: Mapping[str, Tensor],
+    model: str,
+    prefix: str,
 ) -> tuple[dict[str, Tensor], str | None]:
     """The tensors of an adapter file, keys without the prefix, and the format of the weights that it was
     trained on where the file says so.
@@ -190,6 +226,7 @@ def read_tensors(
         shapes: the keys and shapes that the model needs.
         base: the model's own tensors; copies of them in the file are accepted and left out.
         model: its name for messages.
+        prefix: what the keys in the file start with.
 
     Raises:
         AdapterMismatchError: damaged, or keys, shapes or dtypes are not those needed.
@@ -205,28 +242,17 @@ def read_tensors(
         )
     _require(path)
     where = f"adapter {str(directory)!r} does not fit {model}"
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            if len(keys) > _MAX_TENSORS:
-                raise UnsafeFileError(f"{path} holds {len(keys)} tensors; not an adapter")
-            _check_header(file, keys, shapes, base, where)
-            tensors = {key: file.get_tensor(key) for key in keys}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise AdapterMismatchError(f"{path} is damaged: {error}. Nothing was changed") from None
-    if _DIGEST in metadata and metadata[_DIGEST] != _digest(tensors):
-        raise AdapterMismatchError(
-            f"{path} is damaged: its tensors do not have the checksum in its header. "
-            "The adapter was NOT applied. Fix: fetch or save it again"
-        )
+    expected = {prefix + key: shape for key, shape in shapes.items()}
+    copies = {prefix + key: tuple(tensor.shape) for key, tensor in base.items()}
+    tensors, metadata = _read_file(path, expected, copies, where)
     digest = metadata.get(_CONFIG_DIGEST)
-    if digest is not None and digest != _config_digest(_read_fields(directory / CONFIG_NAME)):
+    fields = _read_fields(directory / CONFIG_NAME) if digest is not None else {}
+    if digest is not None and digest != _config_digest(_own_fields(directory) | fields):
         raise AdapterMismatchError(
             f"{path} was not saved with the {CONFIG_NAME} beside it: a save was interrupted, or the config "
             "was edited. The adapter was NOT applied. Fix: fetch or save it again"
         )
-    needed = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    needed = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     for key, tensor in needed.items():
         if key not in shapes and not torch.equal(tensor.to(base[key].dtype), base[key].cpu()):
             raise AdapterMismatchError(
@@ -237,17 +263,67 @@ def read_tensors(
     return {key: needed[key] for key in shapes}, metadata.get(_BASE)
 
 
+def read_training(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], model: str
+) -> dict[str, Tensor] | None:
+    """The tensors of the file of what only training needs; None where there is none.
+
+    Raises:
+        AdapterMismatchError, NonFiniteError, UnsafeFileError: as `read_tensors`; or the file belongs to other
+            tensors than those beside it.
+    """
+    path = directory / TRAINING_NAME
+    if not path.is_file():
+        return None
+    where = f"{TRAINING_NAME} of adapter {str(directory)!r} does not fit {model}"
+    tensors, metadata = _read_file(path, shapes, {}, where)
+    with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
+        partner = (file.metadata() or {}).get(_DIGEST)
+    if metadata.get(_PARTNER) != partner:
+        raise AdapterMismatchError(
+            f"{path} was not saved with the {WEIGHTS_NAME} beside it: a save was interrupted, or one of them "
+            "was replaced. The adapter was NOT applied. Fix: delete it, or fetch or save the adapter again"
+        )
+    for key, tensor in tensors.items():
+        check_finite(f"adapter {str(directory)!r}", key, tensor)
+    return tensors
+
+
+def _read_file(
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    copies: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, which has the expected keys and shapes and may have the copies', and its
+    metadata; its checksum is right if it has one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            if len(keys) > _MAX_TENSORS:
+                raise UnsafeFileError(f"{path} holds {len(keys)} tensors; not an adapter")
+            _check_header(file, keys, expected, copies, where)
+            tensors = {key: file.get_tensor(key) for key in keys}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise AdapterMismatchError(f"{path} is damaged: {error}. Nothing was changed") from None
+    if _DIGEST in metadata and metadata[_DIGEST] != _digest(tensors):
+        raise AdapterMismatchError(
+            f"{path} is damaged: its tensors do not have the checksum in its header. "
+            "The adapter was NOT applied. Fix: fetch or save it again"
+        )
+    return tensors, metadata
+
+
 def _check_header(
     file: Any,
     keys: list[str],
-    shapes: Mapping[str, tuple[int, ...]],
-    base: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    copies: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> None:
     """Compare keys, shapes and dtypes before a byte of data is read."""
-    expected = {PREFIX + key: shape for key, shape in shapes.items()}
     missing = sorted(expected.keys() - set(keys))
-    copies = {PREFIX + key: tuple(tensor.shape) for key, tensor in base.items()}
     extra = sorted(set(keys) - expected.keys() - copies.keys())
     if missing or extra:
         parts = [

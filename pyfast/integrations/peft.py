@@ -3,30 +3,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyfast.errors import AdapterMismatchError, AdapterStateError, EmbeddingNotSavedError
 from pyfast.integrations.adapter_file import (
-    PREFIX,
+    TRAINING_NAME,
     check_finite,
     read_config,
     read_tensors,
+    read_training,
     write_adapter,
 )
 from pyfast.methods.apply import check_adapter_name, commit_plan, prepare
 from pyfast.methods.base import METHODS, adapted_modules, refuse_meta, unwrapped
 from pyfast.methods.state import adapter_parameters, known_adapter
-from pyfast.methods.targets import match_targets
-from pyfast.nn import AdapterLayer, DenseWeight, NF4Weight, SavedModule, weight_of
+from pyfast.nn import AdapterLayer, NF4Weight, SavedModule, weight_of
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -35,16 +32,20 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     Raises:
         AdapterStateError: there is no such adapter.
     """
-    return {
-        PREFIX + key: parameter.detach()
-        for key, parameter in adapter_parameters(model, adapter_name).items()
-    }
+    model = unwrapped(model)
+    method = METHODS[type(known_adapter(model, adapter_name))]
+    with torch.no_grad():
+        tensors = method.file_tensors(model, adapter_name)
+    return {method.key_prefix + key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
     """Write one adapter in PEFT's format, which `peft` and `load_adapter` read.
 
-    Files are written beside their final name and renamed, so an interrupted save leaves the old ones.
+    Files are written beside their final name and renamed, so an interrupted save leaves the old ones. What
+    PEFT's file has no place for and training needs, P-tuning's network, goes into
+    `adapter_training.safetensors`. Bottleneck adapters, which PEFT has not, are laid out as
+    `pyfast.methods.bottleneck` says.
 
     Args:
         model: a model that carries the adapter.
@@ -68,49 +69,34 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
                 "one config; save the parts that it was applied to one by one. Nothing was written"
             )
     _check_vocabulary(model, adapter_name)
-    state = adapter_state_dict(model, adapter_name)
-    refuse_meta("save_adapter", state.items())
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in state.items()}
-    for key, tensor in tensors.items():
-        check_finite(f"adapter {adapter_name!r}", key, tensor)
-    layers = {
-        path: module
-        for path, module in adapted_modules(model).items()
-        if isinstance(module, AdapterLayer) and adapter_name in module.adapter_names()
-    }
-    fields = _config_fields(model, config, method.peft_type, layers)
-    quantized = any(layer.quantized for layer in layers.values())
-    write_adapter(Path(directory), tensors, fields, "nf4" if quantized else "dense")
-
-
-def _config_fields(
-    model: nn.Module, config: Any, peft_type: str | None, layers: Mapping[str, AdapterLayer]
-) -> dict[str, Any]:
-    fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    fields["target_modules"] = _target_names(model, list(layers))
-    fields["exclude_modules"] = fields["layers_to_transform"] = fields["layers_pattern"] = None
-    weights = [m.base_weight for m in layers.values()]
-    fields["fan_in_fan_out"] = any(
-        isinstance(w, DenseWeight) and w.tensor is not m.base_layer.weight
-        for w, m in zip(weights, layers.values(), strict=True)
-    )
-    alpha = fields["lora_alpha"]
-    fields["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+    tensors = _checked(adapter_name, adapter_state_dict(model, adapter_name))
+    training = _checked(adapter_name, method.training_tensors(model, adapter_name))
+    fields = method.fields(model, config, adapter_name)
     if fields["base_model_name_or_path"] is None:
         fields["base_model_name_or_path"] = getattr(
             getattr(model, "config", None), "_name_or_path", None
         )
-    fields.update(peft_type=peft_type, auto_mapping=None, inference_mode=True)
-    return fields
+    fields.update(peft_type=method.peft_type, auto_mapping=None, inference_mode=True)
+    base_weights = "nf4" if _quantized(model) else "dense"
+    own = {name: fields.pop(name) for name in method.own_fields if name in fields}
+    write_adapter(Path(directory), tensors, fields, own, base_weights, training)
 
 
-def _target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
-    """Shortest form that selects exactly these modules: last parts, full paths, or a regular expression."""
-    short = sorted({path.rpartition(".")[2] for path in paths})
-    for names in (short, sorted(paths)):
-        if set(match_targets(model, names)) == set(paths):
-            return names
-    return "|".join(re.escape(path) for path in sorted(paths))
+def _quantized(model: nn.Module) -> bool:
+    """Whether some weight of the model is in NF4, or was before adapters were merged into it."""
+    layers = (m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer))
+    return any(layer.quantized for layer in layers) or any(
+        isinstance(weight_of(module), NF4Weight) for module in model.modules()
+    )
+
+
+def _checked(adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file takes them, all of whose values are finite."""
+    refuse_meta("save_adapter", tensors.items())
+    found = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    for key, tensor in found.items():
+        check_finite(f"adapter {adapter_name!r}", key, tensor)
+    return found
 
 
 def _check_vocabulary(model: nn.Module, adapter_name: str) -> None:
@@ -143,15 +129,22 @@ def _check_vocabulary(model: nn.Module, adapter_name: str) -> None:
 
 def read_adapter(model: nn.Module, directory: Path, adapter_name: str, trainable: bool) -> None:
     """Add an adapter from PEFT's format to a model and make it the active one; see `load_adapter`."""
-    config = read_config(directory)
+    config = read_config(directory, model)
     # The file's tensors say exactly what is adapted, so a name that matches nothing does no harm.
     plan, ours = prepare(model, config, adapter_name, True, True)
     refuse_meta("load_adapter", model.named_parameters())
-    name = type(model).__name__
-    tensors, base_weights = read_tensors(directory, plan.shapes, _base_tensors(model), name)
-    if base_weights == "nf4" and not any(
-        isinstance(weight_of(module), NF4Weight) for module in model.modules()
-    ):
+    name, prefix = type(model).__name__, METHODS[type(ours)].key_prefix
+    tensors, base_weights = read_tensors(directory, plan.shapes, _base_tensors(model), name, prefix)
+    if trainable and plan.training:
+        found = read_training(directory, plan.training, name)
+        if found is None:
+            warnings.warn(
+                f"adapter {str(directory)!r} has no {TRAINING_NAME}, which save_adapter writes and PEFT does "
+                f"not; {', '.join(plan.shapes)} will be trained as it stands",
+                stacklevel=3,
+            )
+        tensors |= found or {}
+    if base_weights == "nf4" and not _quantized(model):
         warnings.warn(
             f"adapter {str(directory)!r} was trained on an NF4 base, but this {name} is dense; call "
             "pyfast.quantize(model) before load_adapter for the weights it was trained on",
@@ -175,24 +168,38 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def copy_adapter(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors under PEFT's file keys over the parameters of an adapter that a model carries.
+    """Copy tensors under the keys of an adapter's files over the adapter that a model carries.
 
     Raises:
         AdapterMismatchError: keys or shapes differ.
         NonFiniteError: a value is NaN or infinite.
     """
-    parameters = adapter_parameters(model, adapter_name)
-    found = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    wrong = sorted(parameters.keys() ^ found.keys()) or [
-        key for key, parameter in parameters.items() if parameter.shape != found[key].shape
+    expected = adapter_state_dict(model, adapter_name)
+    method = METHODS[type(known_adapter(model, adapter_name))]
+    training = method.training_tensors(unwrapped(model), adapter_name)
+    if tensors.keys() == training.keys():
+        expected = training
+    wrong = sorted(expected.keys() ^ tensors.keys()) or [
+        key for key, tensor in expected.items() if tensor.shape != tensors[key].shape
     ]
     if wrong:
         raise AdapterMismatchError(
             f"the tensors do not fit adapter {adapter_name!r} of {type(model).__name__}: {len(wrong)} "
             f"keys or shapes differ (first: {wrong[0]!r}). Nothing was changed"
         )
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         check_finite(f"adapter {adapter_name!r}", key, tensor)
+    found = {key.removeprefix(method.key_prefix): tensor for key, tensor in tensors.items()}
     with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(found[key])
+        method.fill(unwrapped(model), adapter_name, found)
+
+
+def is_adapter_state(model: nn.Module, adapter_name: str, keys: Collection[str]) -> bool:
+    """Whether keys are those of an adapter's files and not a model's."""
+    method = METHODS[type(known_adapter(model, adapter_name))]
+    if not keys:
+        return False
+    if method.key_prefix:
+        return all(key.startswith(method.key_prefix) for key in keys)
+    own = (method.file_tensors(model, adapter_name), method.training_tensors(model, adapter_name))
+    return any(set(keys) == tensors.keys() for tensors in own)

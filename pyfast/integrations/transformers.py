@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers: its `Conv1D` as a weight format, and models whose `save_pretrained` knows adapters and
-NF4 layers."""
+"""transformers: its `Conv1D` and `FalconLinear` as weight formats, and models whose `save_pretrained` knows
+adapters and NF4 layers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyfast.errors import UnsupportedError
-from pyfast.integrations.adapter_file import PREFIX, WEIGHTS_NAME
+from pyfast.families import family_of
+from pyfast.integrations.adapter_file import TRAINING_NAME, WEIGHTS_NAME
 from pyfast.integrations.bitsandbytes import quantization_config
-from pyfast.integrations.peft import copy_adapter, read_adapter, save_adapter
+from pyfast.integrations.peft import copy_adapter, is_adapter_state, read_adapter, save_adapter
 from pyfast.methods.base import adapted_modules, register_adopter, unwrapped
 from pyfast.methods.state import adapter_configs, refuse_merged
 from pyfast.nn import (
     DENSE_DTYPES,
-    AdapterLayer,
     DenseWeight,
     NF4Linear,
-    SavedModule,
+    Switchable,
+    register_dense,
     register_format,
 )
 
@@ -37,7 +39,26 @@ def _conv1d_view(module: Any) -> DenseWeight | None:
     return DenseWeight(module.weight.t(), module.bias)
 
 
+def _conv1d_of(matrix: Tensor, bias: Tensor | None) -> nn.Module:
+    library: Any = sys.modules["transformers.pytorch_utils"]
+    out_features, in_features = matrix.shape
+    with torch.device("meta"):
+        layer: nn.Module = library.Conv1D(out_features, in_features)
+    layer.weight = nn.Parameter(matrix.t().contiguous())
+    layer.bias = nn.Parameter(matrix.new_zeros(out_features) if bias is None else bias)
+    return layer
+
+
+def _falcon_view(module: Any) -> DenseWeight | None:
+    """Its forward differs from that of `nn.Linear`, which it is made of, in rounding alone."""
+    if module.weight.dtype not in DENSE_DTYPES or type(module.weight) is not nn.Parameter:
+        return None
+    return DenseWeight(module.weight, module.bias)
+
+
 register_format("transformers.pytorch_utils.Conv1D", _conv1d_view)
+register_dense("transformers.pytorch_utils.Conv1D", _conv1d_of)
+register_format("transformers.models.falcon.modeling_falcon.FalconLinear", _falcon_view)
 
 
 def load_adapter(
@@ -48,7 +69,8 @@ def load_adapter(
 ) -> nn.Module:
     """Add an adapter from PEFT's format to a model, in place, and make it the active one.
 
-    A warning says so where the file was trained on an NF4 base and this one is dense.
+    A warning says so where the file was trained on an NF4 base and this one is dense, and where `trainable`
+    virtual tokens come without the network that made them, so that they are trained themselves.
 
     Args:
         model: the base model, or one with other adapters.
@@ -74,7 +96,8 @@ def load_adapter(
 
 
 def _adopt(model: nn.Module) -> None:
-    """Give a transformers model with adapters or NF4 layers a class whose `save_pretrained` knows them.
+    """Give a transformers model with adapters or NF4 layers a class whose `save_pretrained` knows them, and
+    tell Trainer what the model's loss is where it would guess wrong.
 
     The class is a subclass of the model's own with the same name, as FSDP2 does it; nothing outside this
     model changes.
@@ -82,7 +105,13 @@ def _adopt(model: nn.Module) -> None:
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return
-    changed = any(isinstance(m, (AdapterLayer, SavedModule, NF4Linear)) for m in model.modules())
+    family = family_of(model.config.model_type)
+    if family is not None and family.own_loss:
+        model.accepts_loss_kwargs = False
+    elif family is not None and getattr(model, "loss_type", "") is None:
+        # What transformers falls back to; by the name alone Trainer knows which labels count.
+        model.loss_type = "ForCausalLM"
+    changed = any(isinstance(m, (Switchable, NF4Linear)) for m in model.modules())
     if changed and not issubclass(type(model), _ChangedModel):
         model.__class__ = _changed_class(type(model))  # type: ignore[arg-type]
 
@@ -130,17 +159,19 @@ class _ChangedModel:
             directory = root if at_root else root / name
             save_adapter(model, directory, adapter_name=name)
             if [name] == active and re.fullmatch(r"checkpoint-\d+", root.name):
-                _link(directory / WEIGHTS_NAME, root / "model.safetensors")
+                training = directory / TRAINING_NAME
+                weights = training if training.is_file() else directory / WEIGHTS_NAME
+                _link(weights, root / "model.safetensors")
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in torch, but refused while adapters are merged; a dict of PEFT's file keys goes to the active
-        adapter."""
+        """As in torch, but refused while adapters are merged; a dict with the keys of an adapter's file goes
+        to the active adapter."""
         model: Any = self
         refuse_merged(model, "load_state_dict")
         active = _active(model)
-        if len(active) == 1 and state_dict and all(key.startswith(PREFIX) for key in state_dict):
+        if len(active) == 1 and is_adapter_state(model, active[0], state_dict):
             copy_adapter(model, active[0], state_dict)
             return nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]

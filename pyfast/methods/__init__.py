@@ -3,8 +3,12 @@
 
 from pyfast.methods.apply import apply, coerce_config
 from pyfast.methods.base import METHODS, Method
+from pyfast.methods.bottleneck import BottleneckConfig
+from pyfast.methods.ia3 import IA3Config
 from pyfast.methods.lora import LoraConfig
+from pyfast.methods.p_tuning import PromptEncoderConfig
 from pyfast.methods.quantize import quantize
+from pyfast.methods.requantize import requantize
 from pyfast.methods.sft import SFTConfig
 from pyfast.methods.state import (
     adapter_parameters,
@@ -18,8 +22,11 @@ from pyfast.methods.state import (
 
 __all__ = [
     "METHODS",
+    "BottleneckConfig",
+    "IA3Config",
     "LoraConfig",
     "Method",
+    "PromptEncoderConfig",
     "SFTConfig",
     "adapter_parameters",
     "adapters_disabled",
@@ -28,6 +35,7 @@ __all__ = [
     "delete_adapter",
     "merge",
     "quantize",
+    "requantize",
     "set_adapter",
     "unload",
     "unmerge",

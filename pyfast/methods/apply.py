@@ -7,6 +7,7 @@ import dataclasses
 import string
 import warnings
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from pyfast.methods.state import (
     refuse_busy,
     register,
     take_off,
-    tensors_of,
 )
 from pyfast.nn.group import form_groups
 
@@ -42,8 +42,9 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def coerce_config(config: Any) -> tuple[Method, Any]:
-    """The method and our config for ours, PEFT's, or any config object with a `peft_type`.
+def coerce_config(config: Any, model: nn.Module) -> tuple[Method, Any]:
+    """The method and our config for ours, PEFT's, or any config object with a `peft_type`, which may leave to
+    the model what its fields mean.
 
     Raises:
         UnsupportedError: no method serves it, or a field that we do not serve is set.
@@ -56,7 +57,7 @@ def coerce_config(config: Any) -> tuple[Method, Any]:
     for method in METHODS.values():
         if kind is not None and method.peft_type == kind:
             values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-            return method, config_from_fields(method, values)
+            return method, config_from_fields(method, values, model)
     served = sorted(t.__name__ for t in METHODS)
     raise UnsupportedError(
         f"{type(config).__name__} (peft_type {kind!r}) is not served; use one of {served}"
@@ -76,7 +77,7 @@ _INERT = frozenset(
 )
 
 
-def config_from_fields(method: Method, values: dict[str, Any]) -> Any:
+def config_from_fields(method: Method, values: dict[str, Any], model: nn.Module) -> Any:
     """Build a method's config from PEFT's fields; refuse set fields that we do not serve."""
     known = {f.name for f in dataclasses.fields(method.config_type)}
     extra = {
@@ -94,9 +95,9 @@ def config_from_fields(method: Method, values: dict[str, Any]) -> Any:
     for name, value in used.items():
         if isinstance(value, (set, tuple)):
             used[name] = sorted(value)
-        elif name == "task_type" and value is not None:
-            used[name] = str(getattr(value, "value", value))
-    return method.config_type(**used)
+        elif isinstance(value, Enum):
+            used[name] = str(value.value)
+    return method.config_type(**method.completed(used, model))
 
 
 def apply(
@@ -116,7 +117,7 @@ def apply(
 
     Args:
         model: any module tree; for defaults, a transformers model of a known family.
-        config: LoraConfig, SFTConfig, or PEFT's config object.
+        config: the config of a method, or PEFT's config object for it.
         adapter_name: letters, digits, `_` and `-`.
         allow_unmatched: let single names in `target_modules` match nothing.
         autocast_adapter_dtype: float32 adapters on half-precision weights, as PEFT does.
@@ -146,7 +147,7 @@ def prepare(
             "delete_adapter first"
         )
     refuse_busy(model, "apply")
-    method, ours = coerce_config(config)
+    method, ours = coerce_config(config, model)
     plan = method.plan(
         model,
         ours,
@@ -173,8 +174,7 @@ def commit_plan(
         plan.commit()
         if values is not None:
             with torch.no_grad():
-                for key, parameter in tensors_of(model, adapter_name).items():
-                    parameter.copy_(values[key])
+                METHODS[type(ours)].fill(model, adapter_name, values)
     except BaseException:
         take_off(model, adapter_name)
         for parameter, required in trainable:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pyfast.errors import ConfigError, UnsupportedError
-from pyfast.nn import AdapterLayer, SavedModule
+from pyfast.nn import AdapterLayer, Attachment, Switchable
 
 Commit = Callable[[], None]
 
@@ -20,28 +20,40 @@ class Plan:
     """What applying a config would do: all checks are passed, nothing is changed yet.
 
     Attributes:
-        shapes: adapter-file key without the `base_model.model.` prefix to the tensor's shape.
+        shapes: key of the adapter's file, without the method's prefix, to the tensor's shape.
         commit: makes the change.
         warnings: what the user should know before it is made.
+        training: the same keys and shapes for the file of what only training needs, where there is one.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     commit: Commit
     warnings: tuple[str, ...] = ()
+    training: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class Method(Protocol):
-    """One fine-tuning method.
+class Method:
+    """One fine-tuning method: its config's type, and how it is put into a model and described in files.
 
     Attributes:
         name: as `pyfast info` prints it.
         config_type: its config dataclass.
-        peft_type: the `peft_type` of PEFT's configs and files that it reads; None if PEFT has none.
+        peft_type: the `peft_type` of the configs and files that it reads, PEFT's where PEFT has the method;
+            None if it writes no adapter.
+        key_prefix: what keys of its files start with.
+        own_fields: fields of its config that PEFT does not know; they are kept in the metadata of the
+            tensors' file, so that PEFT has nothing to warn of.
     """
 
-    name: str
-    config_type: type[Any]
-    peft_type: str | None
+    name: ClassVar[str]
+    config_type: ClassVar[type[Any]]
+    peft_type: ClassVar[str | None] = None
+    key_prefix: ClassVar[str] = "base_model.model."
+    own_fields: ClassVar[tuple[str, ...]] = ()
+
+    def completed(self, values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """Fields of a config from elsewhere (PEFT's objects, files) and what they mean if left out there."""
+        return values
 
     def plan(
         self,
@@ -53,7 +65,32 @@ class Method(Protocol):
         autocast_adapter_dtype: bool,
     ) -> Plan:
         """Check the config against the model and prepare the change."""
-        ...
+        raise NotImplementedError
+
+    def file_tensors(self, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        """Key, without the prefix, to tensor of one adapter as its file holds them."""
+        return {
+            f"{public_path(model, path)}.{key}": tensor
+            for path, module in adapted_modules(model).items()
+            if adapter_name in module.adapter_names()
+            for key, tensor in module.file_tensors(adapter_name)
+        }
+
+    def training_tensors(self, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        """What only training needs, under keys of its own; empty if the adapter's file has it all."""
+        return {}
+
+    def fill(self, model: nn.Module, adapter_name: str, values: Mapping[str, Tensor]) -> None:
+        """Give an adapter that is in the model the values of `file_tensors` or of `training_tensors`."""
+        for path, module in adapted_modules(model).items():
+            if adapter_name in module.adapter_names():
+                start = f"{public_path(model, path)}."
+                found = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
+                module.fill(adapter_name, found)
+
+    def fields(self, model: nn.Module, config: Any, adapter_name: str) -> dict[str, Any]:
+        """What `adapter_config.json` says of an adapter that the model carries."""
+        return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
 METHODS: dict[type[Any], Method] = {}
@@ -129,13 +166,24 @@ def as_names(field: str, value: object) -> list[str]:
     raise ConfigError(f"{field}={value!r} must be a name or a list of names. Nothing was changed")
 
 
-def adapted_modules(model: nn.Module) -> dict[str, AdapterLayer | SavedModule]:
-    """Path to module for every adapted or whole-trained module of a model; wrappers are no part of paths."""
+def adapted_modules(model: nn.Module) -> dict[str, Switchable]:
+    """Path to module for everything in a model that holds adapters; wrappers are no part of paths."""
     return {
         path: module
         for path, module in unwrapped(model).named_modules()
-        if isinstance(module, (AdapterLayer, SavedModule))
+        if isinstance(module, Switchable)
     }
+
+
+def public_path(model: nn.Module, path: str) -> str:
+    """A holder's path as users and files know it: where methods meet on one linear, all have its path."""
+    model = unwrapped(model)
+    holder = model.get_submodule(path)
+    if isinstance(holder, Attachment):
+        return holder.public_path(path)
+    while path and isinstance(model.get_submodule(outer := path.rpartition(".")[0]), AdapterLayer):
+        path = outer
+    return path
 
 
 def replace_modules(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.errors import ConfigError, UnsupportedError
-from pyfast.methods.base import Plan, refuse_meta, register_method, replace_modules
+from pyfast.methods.base import Method, Plan, refuse_meta, register_method, replace_modules
+from pyfast.methods.describe import adapter_fields
 from pyfast.methods.saved import plan_saved
 from pyfast.methods.targets import (
+    ALL_LINEAR,
     linear_modules,
     match_saved,
     match_targets,
@@ -25,8 +27,9 @@ from pyfast.methods.targets import (
     served_weight,
 )
 from pyfast.nn import AdapterLayer, Weight, weight_of
-from pyfast.nn.adapter_layer import has_hooks
+from pyfast.nn.adapter_layer import has_hooks, link_of
 from pyfast.nn.dora import DoraMagnitude, dora_joined, dora_linear, row_norms
+from pyfast.nn.experts import expert_tensors, quantized_experts
 from pyfast.nn.group import GroupMember, Part, part_of
 
 _MAX_ALPHA = 1e9
@@ -135,6 +138,7 @@ class LoraLinear(GroupMember, AdapterLayer):
     `lora_B.<name>.weight` [N, R] and, for DoRA, `lora_magnitude_vector.<name>.weight` [N]."""
 
     containers = ("lora_A", "lora_B", "lora_magnitude_vector")
+    op = "lora_linear"
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -273,12 +277,12 @@ class LoraLinear(GroupMember, AdapterLayer):
         return (b.to(wide) @ a.to(wide)) * self.scaling[name]
 
 
-class LoraMethod:
+class LoraMethod(Method):
     """Wraps the target linears in `LoraLinear` and freezes everything else."""
 
     name = "LoRA"
     config_type = LoraConfig
-    peft_type: str | None = "LORA"
+    peft_type = "LORA"
 
     def plan(
         self,
@@ -316,9 +320,9 @@ class LoraMethod:
         def commit() -> None:
             wrapped: dict[nn.Module, nn.Module] = {}
             for path in paths:
-                layer = model.get_submodule(path)
-                if not isinstance(layer, LoraLinear):
-                    base = layer
+                layer = link_of(model.get_submodule(path), LoraLinear)
+                if layer is None:  # below the layers of other methods, whose base it becomes
+                    base = linears[path]
                     layer = wrapped[base] = LoraLinear(base)
                     layer.train(base.training)
                 layer.add(
@@ -333,12 +337,50 @@ class LoraMethod:
             replace_modules(model, wrapped.get)
             saved.commit()
 
-        return Plan(shapes, commit, saved.warnings)
+        warnings = saved.warnings
+        if config.target_modules == ALL_LINEAR:
+            warnings += _experts_left_out(model, whole, linears)
+        return Plan(shapes, commit, warnings)
+
+    def fields(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, Any]:
+        """As PEFT writes them; see `Method.fields`."""
+        fields = adapter_fields(model, config, adapter_name)
+        alpha = config.lora_alpha
+        fields["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+        return fields | {"layers_to_transform": None, "layers_pattern": None}
 
 
 def _adapter_dtype(weight: Weight, autocast: bool) -> torch.dtype:
     """PEFT's rule: adapters of half-precision (and quantised) weights are float32 unless told not to be."""
     return torch.float32 if autocast and weight.dtype.itemsize <= 2 else weight.dtype
+
+
+def _experts_left_out(
+    model: nn.Module, saved: list[str], linears: Mapping[str, nn.Module]
+) -> tuple[str, ...]:
+    """A sentence for experts and routers that "all-linear" does not adapt: they are no linear layers."""
+    inside = tuple(f"{path}." for path in saved)
+    experts, routers = [], []
+    for path, module in model.named_modules():
+        names = [*expert_tensors(module), *quantized_experts(module)]
+        if not names or f"{path}.".startswith(inside):
+            continue
+        experts.append(f"{' and '.join(names)} of {path!r}")
+        block = path.rpartition(".")[0]
+        for name, child in model.get_submodule(block).named_children():
+            weight, at = child._parameters.get("weight"), f"{block}.{name}".lstrip(".")
+            if weight is not None and weight.ndim == 2 and at not in linears:
+                routers.append(repr(at))
+    if not experts:
+        return ()
+    found = [f"{len(experts)} times experts (first: {experts[0]})"]
+    found += [f"{len(routers)} routers (first: {routers[0]})"] if routers else []
+    return (
+        f"target_modules='all-linear' adapts linear layers alone: {' and '.join(found)} of "
+        f"{type(model).__name__} stay as they are. PEFT's 'all-linear' adapts them too in models whose "
+        "experts it knows, Mixtral among them. Fix: name the layers in target_modules, which leaves these "
+        "out without this warning",
+    )
 
 
 register_method(LoraMethod())

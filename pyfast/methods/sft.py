@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pyfast.errors import AdapterStateError, TargetModuleError, UnsupportedError
-from pyfast.methods.base import Plan, adapted_modules, as_names, register_method
+from pyfast.methods.base import Method, Plan, adapted_modules, as_names, register_method
 from pyfast.methods.targets import named
 from pyfast.nn import DENSE_DTYPES, NF4Weight, weight_of
 
@@ -24,12 +24,11 @@ class SFTConfig:
     freeze_modules: list[str] | str | None = None
 
 
-class SFTMethod:
+class SFTMethod(Method):
     """Makes every floating-point parameter trainable."""
 
     name = "SFT"
     config_type = SFTConfig
-    peft_type: str | None = None
 
     def plan(
         self,

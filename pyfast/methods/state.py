@@ -7,20 +7,28 @@ Every function checks first and changes afterwards: a call that raises leaves th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
+from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError
 from pyfast.methods.base import (
     adapted_modules,
     as_names,
+    public_path,
     refuse_meta,
     replace_modules,
 )
-from pyfast.nn import DENSE_DTYPES, AdapterLayer, SavedModule
+from pyfast.nn import (
+    DENSE_DTYPES,
+    AdapterLayer,
+    Attachment,
+    Mergeable,
+    SavedModule,
+    Switchable,
+)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
@@ -83,13 +91,33 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def take_off(model: nn.Module, name: str) -> None:
-    """Remove whatever modules hold of an adapter, and wrappers that hold none any more."""
-    bare: dict[nn.Module, nn.Module] = {}
-    for module in adapted_modules(model).values():
+    """Remove whatever modules hold of an adapter, and those that hold none any more."""
+    empty: dict[str, Switchable] = {}
+    for path, module in adapted_modules(model).items():
         module.remove(name)
         if not module.adapter_names():
-            bare[module] = _bare(module)
-    replace_modules(model, bare.get)
+            empty[path] = module
+    _take_out(model, empty)
+
+
+def _take_out(model: nn.Module, holders: Mapping[str, Switchable]) -> None:
+    """Take holders of adapters, given by path, out of a model; what they stood for takes their place."""
+    bare: dict[nn.Module, nn.Module] = {}
+    for path, module in holders.items():
+        if isinstance(module, AdapterLayer):
+            bare[module] = module.base_layer
+        elif isinstance(module, SavedModule):
+            bare[module] = module.current()
+        elif isinstance(module, Attachment):
+            module.detach(model.get_submodule(path.rpartition(".")[0]))
+
+    def inner(module: nn.Module) -> nn.Module | None:
+        found = bare.get(module)
+        while found in bare:
+            found = bare[found]
+        return found
+
+    replace_modules(model, inner)
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
@@ -101,7 +129,7 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.
 def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """As `adapter_parameters`, for an adapter that is not registered yet too."""
     return {
-        f"{path}.{key}": parameter
+        f"{public_path(model, path)}.{key}": parameter
         for path, module in adapted_modules(model).items()
         for key, parameter in module.adapter_tensors(name)
     }
@@ -110,19 +138,22 @@ def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def merge(
     model: nn.Module, names: str | Iterable[str] | None = None, *, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Add adapters to the base weights, in float32 or wider, rounded once to the weight's dtype.
+    """Put adapters into the base weights, in float32 or wider, rounded once to the weight's dtype.
 
-    NF4 layers become dense ones of `dtype` (default: the dtype they were quantised from): adding a
-    small update to 4-bit codes would erase it.
+    NF4 layers with LoRA become dense ones of `dtype` (default: the dtype they were quantised from): adding
+    a small update to 4-bit codes would erase it. IA3's factors of outputs go into flat scales and leave the
+    codes as they are; where they cannot, `dtype` must be given.
 
     Args:
         model: a model with adapters.
         names: adapters to merge, which become the active ones; default those that are active.
-        dtype: for NF4 layers.
+        dtype: for NF4 layers, which then become dense.
 
     Raises:
         AdapterStateError: nothing to merge, already merged, or an unknown name.
-        UnsupportedError: a weight lies on the meta device, or is made from others before each forward.
+        UnsupportedError: a weight lies on the meta device, or is made from others before each forward; or an
+            adapter is none of weights (virtual tokens, bottlenecks).
+        QuantizedMergeError: the scales of an NF4 layer cannot take IA3's factors, and no dtype is given.
         ConfigError: a dtype that dense layers do not have.
         NonFiniteError: an adapter or a merged weight holds NaN or infinity; the model is unchanged.
     """
@@ -141,12 +172,12 @@ def merge(
                     f"adapter {name!r} has {bad} non-finite values in {key}; merging would spread them "
                     "to the base weights. The model is unchanged"
                 )
-    done: list[AdapterLayer] = []
+    done: list[Mergeable] = []
     try:
         with torch.no_grad():
-            for layer, held in _to_merge(model, wanted):
-                layer.merge(held, dtype)
-                done.append(layer)
+            for layer in _to_merge(model, wanted, dtype):
+                layer.merge(wanted, dtype)
+                done += layer.links()
     except BaseException:
         for layer in done:
             layer.unmerge()
@@ -158,8 +189,9 @@ def merge(
 
 def _merge_names(model: nn.Module, names: str | Iterable[str] | None) -> list[str]:
     if names is None:
-        layers = [m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer)]
-        wanted = list(dict.fromkeys(name for layer in layers for name in layer.active))
+        holders = adapted_modules(model).values()
+        held = [m for m in holders if not isinstance(m, SavedModule)]
+        wanted = list(dict.fromkeys(name for module in held for name in module.active))
     else:
         wanted = list(dict.fromkeys(as_names("merge: names", names)))
     for name in wanted:
@@ -169,20 +201,19 @@ def _merge_names(model: nn.Module, names: str | Iterable[str] | None) -> list[st
     return wanted
 
 
-def _to_merge(model: nn.Module, wanted: list[str]) -> list[tuple[AdapterLayer, list[str]]]:
-    """The layers that hold wanted adapters, and which; all of them can be merged."""
-    found = []
-    for path, layer in adapted_modules(model).items():
-        held = [name for name in wanted if name in layer.adapter_names()]
-        if isinstance(layer, AdapterLayer) and held:
-            if not layer.mergeable:
-                raise UnsupportedError(
-                    f"merge: the weight of {path!r} is made anew before each forward (pruning, weight_norm "
-                    "or a parametrization), which would undo the merge; make it permanent first, for "
-                    "example with torch.nn.utils.prune.remove. The model is unchanged"
-                )
-            found.append((layer, held))
-    return found
+def _to_merge(model: nn.Module, wanted: list[str], dtype: torch.dtype | None) -> list[Mergeable]:
+    """The outermost layers of those that hold wanted adapters; all of them can be merged."""
+    found: list[Mergeable] = []
+    inner: set[Mergeable] = set()
+    for path, module in adapted_modules(model).items():
+        held = [name for name in wanted if name in module.adapter_names()]
+        if not held:
+            continue
+        module.check_merge(public_path(model, path), wanted, dtype)
+        if isinstance(module, Mergeable):
+            found.append(module)
+            inner.update(module.links()[1:])
+    return [layer for layer in found if layer not in inner]
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -192,9 +223,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         AdapterStateError: nothing is merged.
     """
     _refuse_disabled(model, "unmerge")
-    layers = [
-        m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer) and m.merged
-    ]
+    layers = [m for m in adapted_modules(model).values() if isinstance(m, Mergeable) and m.merged]
     if not layers:
         raise AdapterStateError("no adapter is merged")
     for layer in layers:
@@ -211,13 +240,8 @@ def unload(model: nn.Module) -> nn.Module:
         AdapterStateError: called inside an `adapters_disabled` block.
     """
     _refuse_disabled(model, "unload")
-    bare: dict[nn.Module, nn.Module] = {m: _bare(m) for m in adapted_modules(model).values()}
-    replace_modules(model, bare.get)
+    _take_out(model, adapted_modules(model))
     return model
-
-
-def _bare(module: AdapterLayer | SavedModule) -> nn.Module:
-    return module.base_layer if isinstance(module, AdapterLayer) else module.current()
 
 
 @contextlib.contextmanager
@@ -250,7 +274,7 @@ def refuse_busy(model: nn.Module, what: str) -> None:
 def refuse_merged(model: nn.Module, what: str) -> None:
     """Raise AdapterStateError while adapters are merged."""
     for path, module in adapted_modules(model).items():
-        if isinstance(module, AdapterLayer) and module.merged:
+        if isinstance(module, Mergeable) and module.merged:
             raise AdapterStateError(
                 f"{what}: adapters {module.merged} are merged into {path!r}; call pyfast.unmerge first"
             )

@@ -18,9 +18,9 @@ from pyfast.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
-from pyfast.families import family_of
+from pyfast.families import automatic, family_of
 from pyfast.methods.base import as_names, check_model
-from pyfast.nn import DENSE_DTYPES, AdapterLayer, SavedModule, Weight, weight_of
+from pyfast.nn import DENSE_DTYPES, AdapterLayer, SavedModule, Switchable, Weight, weight_of
 
 ALL_LINEAR = "all-linear"
 _PATTERN_SECONDS = 1.0
@@ -88,9 +88,9 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
             )
         start = f"{path}." if path else ""
         if isinstance(module, AdapterLayer):
-            found[path] = module.base_layer
+            found[path] = module.frozen
             inside.append(start)
-        elif isinstance(module, SavedModule):
+        elif isinstance(module, Switchable):
             inside.append(start)
         elif unread := _read_by_owner(module):
             inside += [start + name for name in unread]
@@ -140,6 +140,14 @@ def output_layers(model: nn.Module) -> set[str]:
     return {p for p, module in model.named_modules() if any(module is head for head in heads)}
 
 
+def kept_dense(model: nn.Module) -> set[str]:
+    """Paths of what `quantize` spares: the output layers, and what transformers keeps in float32 and its own
+    4-bit loader leaves dense (T5's `wo`, to whose weight's dtype the model casts activations)."""
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = {path for path, _ in model.named_modules() if named(names, path)}
+    return kept | output_layers(model)
+
+
 def named(names: Iterable[str], path: str) -> bool:
     """Whether one of the names is the path or ends it after a dot."""
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -174,12 +182,7 @@ def match_targets(
     model_name = type(model).__name__
     if targets is None:
         family = family_of(getattr(getattr(model, "config", None), "model_type", None))
-        if family is None:
-            raise TargetModuleError(
-                f"{model_name} has no default targets; set target_modules, for example "
-                f"target_modules={ALL_LINEAR!r}. Nothing was changed"
-            )
-        targets = family.lora_targets
+        targets = (family or automatic(model)).lora_targets
     if targets == ALL_LINEAR:
         heads = output_layers(model)
         matched = [path for path in linears if path not in heads]
@@ -312,7 +315,7 @@ def match_saved(
     for path, module in model.named_modules():
         if path and not any(path.startswith(prefix) for prefix in inside):
             paths.append(path)
-            if isinstance(module, (AdapterLayer, SavedModule)):
+            if isinstance(module, Switchable):
                 inside.append(path + ".")
     matched: list[str] = []
     for path in paths:
@@ -328,7 +331,7 @@ def match_saved(
     for path in matched:
         module = model.get_submodule(path)
         original = module.original_module if isinstance(module, SavedModule) else module
-        if any(isinstance(inner, AdapterLayer) for inner in original.modules()):
+        if any(isinstance(inner, Switchable) for inner in original.modules()):
             raise UnsupportedError(
                 f"modules_to_save: {path!r} carries adapters already; a module cannot be trained whole "
                 "beside them. Nothing was changed"

@@ -1,74 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frame of an adapted module: one frozen base layer and any number of named adapters.
+"""The frame of an adapted linear: one frozen base layer and any number of named adapters.
 
-Parameter names are PEFT's: `base_layer.weight`, `lora_A.<adapter>.weight`, and
-`original_module` / `modules_to_save.<adapter>` for modules trained whole.
+Parameter names are PEFT's: `base_layer.weight`, `lora_A.<adapter>.weight`. Where methods meet on one linear,
+the base layer of one is the layer of the other; a merge takes all of them, inner ones first.
 """
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pyfast.errors import AdapterStateError, NonFiniteError
-from pyfast.nn.weight import DenseWeight, NF4Weight, Weight, weight_of
-
-_SWITCHING = threading.Lock()
-# What accelerate writes on a module that it serves; each module has only its own.
-_HOOK_MARKS = ("_hf_hook", "_old_forward")
+from pyfast.errors import AdapterStateError, UnsupportedError
+from pyfast.nn.nf4 import NF4Linear
+from pyfast.nn.switchable import Mergeable, check_merged
+from pyfast.nn.weight import DenseWeight, NF4Weight, Weight, forward_replaced, weight_of
 
 
-class Switchable(nn.Module):
-    """Which adapters a module holds and which are active, and whether adapters take part at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active: list[str] = []
-        self.configs: dict[str, Any] = {}
-        """Adapter name to the config that it was made from."""
-        self._disabled = 0
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._disabled:
-            # Whoever disabled the original will enable that one, never this copy.
-            self._disabled = 1
-            self.enable()
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter."""
-        self.configs.pop(name, None)
-        self.active = [active for active in self.active if active != name]
-
-    @property
-    def enabled(self) -> bool:
-        """Whether no `disable` waits for its `enable`."""
-        return self._disabled == 0
-
-    def disable(self) -> None:
-        """Leave the adapters out until `enable` was called as often as this."""
-        with _SWITCHING:
-            if self._disabled == 0:
-                self._switch()
-            self._disabled += 1
-
-    def enable(self) -> None:
-        """Undo one `disable`."""
-        with _SWITCHING:
-            if self._disabled == 1:
-                self._switch()
-            self._disabled -= 1
-
-    def _switch(self) -> None:
-        """What changes with the first `disable` and changes back with the last `enable`."""
-
-
-class AdapterLayer(Switchable):
+class AdapterLayer(Mergeable):
     """A base layer with adapters; a method's subclass holds the parameters and the forward.
 
     A subclass names its containers (ModuleDict or ParameterDict, keyed by adapter) in `containers` and
@@ -80,26 +31,37 @@ class AdapterLayer(Switchable):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.merged: list[str] = []
-        # What merging (or, while disabled, its undoing) took out of its place. In a list: a module or
-        # parameter held as an attribute would be registered and saved.
-        self._aside: list[nn.Module | nn.Parameter] = []
+
+    def place(self, name: str) -> nn.Module:
+        return self if name == "base_layer" else self.base_layer
+
+    def links(self) -> list[AdapterLayer]:
+        """This layer and those of other methods inside it, the innermost last."""
+        inner = self.base_layer
+        return [self, *(inner.links() if isinstance(inner, AdapterLayer) else ())]
+
+    @property
+    def frozen(self) -> nn.Module:
+        """The frozen layer inside of all adapters."""
+        return self.links()[-1].base_layer
 
     @property
     def base_weight(self) -> Weight:
         """The frozen weight."""
-        weight = weight_of(self.base_layer)
+        weight = weight_of(self.frozen)
         if weight is None:
             raise AdapterStateError(
-                f"{type(self.base_layer).__name__} is not a linear layer that can be read; hooks may have "
-                "replaced its forward: remove them first"
+                f"{type(self.frozen).__name__} is not a linear layer that can be read; hooks may have "
+                "replaced its forward: remove them first, or leave this layer out of the offloading. DoRA, "
+                "merging and new adapters read the weight itself, which hooks bring for a call only"
             )
         return weight
 
     @property
     def quantized(self) -> bool:
         """Whether the frozen weight is quantised; merging makes no difference."""
-        held = [self.base_layer, *self._aside]
+        place = self.links()[-1]
+        held = [place.base_layer, *place._aside.values()]
         return any(isinstance(m, nn.Module) and isinstance(weight_of(m), NF4Weight) for m in held)
 
     @property
@@ -139,10 +101,6 @@ class AdapterLayer(Switchable):
                 for path, parameter in entry.named_parameters():
                     yield f"{container}.{path}", parameter
 
-    def set_active(self, names: list[str]) -> None:
-        """Choose the adapters that take part in the forward."""
-        self.active = [name for name in names if name in self.adapter_names()]
-
     def remove(self, name: str) -> None:
         super().remove(name)
         for container in self.containers:
@@ -158,78 +116,89 @@ class AdapterLayer(Switchable):
         """W [N, K] with one more adapter in it."""
         return matrix + self.delta(name)
 
-    def merge(self, names: list[str], dtype: torch.dtype | None) -> None:
-        """Add the adapters' deltas to the base weight; `unmerge` restores it bit for bit.
+    def merge_bias(self, bias: Tensor, name: str) -> Tensor:
+        """The bias [N] with one more adapter in it; the same tensor where it does not change."""
+        return bias
 
-        An NF4 base becomes a dense layer of `dtype` (default: the dtype it was quantised from). A tied
-        weight is not changed for the module that shares it.
+    def merge_packed(self, weight: NF4Weight, name: str) -> NF4Weight | None:
+        """An NF4 weight with one more adapter in its scales, exact but for their rounding; None where only a
+        dense weight can hold it."""
+        return None
+
+    def merge(self, names: list[str], dtype: torch.dtype | None) -> None:
+        """Put the adapters of this layer and those inside it into the frozen weight; `unmerge` restores it
+        bit for bit. A tied weight is not changed for the module that shares it.
+
+        An NF4 base keeps its codes if no `dtype` is given and its scales can take all adapters; else it
+        becomes a dense layer of `dtype` (default: the dtype it was quantised from).
 
         Raises:
             NonFiniteError: the merged weight overflows its dtype; the layer is unchanged.
         """
-        weight = self.base_weight
-        dense = weight.dense()
-        dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
-        for name in names:
-            dense = self.merge_into(dense, name)
-        dense = dense.to((None if isinstance(weight, DenseWeight) else dtype) or weight.dtype)
-        bad = int((~torch.isfinite(dense)).sum())
-        if bad:
-            raise NonFiniteError(
-                f"merging {names} would leave {bad} non-finite values in a {dense.dtype} weight "
-                f"{list(dense.shape)}. The model is unchanged"
-            )
-        if isinstance(weight, DenseWeight):
-            target: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
-            stored = dense if weight.tensor is target else dense.t()
-            self._aside = [target]
-            self.base_layer.weight = nn.Parameter(stored.contiguous(), target.requires_grad)
+        weight, links = self.base_weight, self.links()
+        steps = [(at, n) for at in links[::-1] for n in names if n in at.adapter_names()]
+        packed = weight if isinstance(weight, NF4Weight) and dtype is None else None
+        for at, name in steps:
+            packed = packed and at.merge_packed(packed, name)
+        if packed is not None:
+            check_merged(names, packed.absmax)
+            layer = NF4Linear(packed)
+            layer.replaced = source_class(links[-1].base_layer)
+            parts: dict[str, nn.Module | nn.Parameter] = {"base_layer": layer}
         else:
-            self._aside = [self.base_layer]
-            self.base_layer = dense_linear(weight, dense)
-        self.merged = list(names)
+            dense, bias = weight.dense(), weight.bias
+            dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
+            for at, name in steps:
+                dense = at.merge_into(dense, name)
+                bias = None if bias is None else at.merge_bias(bias, name)
+            dense = dense.to((None if isinstance(weight, DenseWeight) else dtype) or weight.dtype)
+            check_merged(names, dense)
+            parts = _merged_parts(links[-1].base_layer, weight, dense, bias)
+        links[-1].put(parts)
+        for at, name in steps:
+            at.merged.append(name)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if self.merged and any(key.startswith(prefix) for key in state_dict):
-            raise AdapterStateError(
-                f"load_state_dict: adapters {self.merged} are merged into {prefix[:-1]!r}, so that what is "
-                "loaded would not take part; call pyfast.unmerge first"
+    def check_merge(self, path: str, names: list[str], dtype: torch.dtype | None) -> None:
+        """Refuse where the frozen weight is no parameter of its own but made from others before each forward
+        (pruning, weight_norm, parametrizations), which would undo a merge."""
+        if isinstance(self.base_weight, DenseWeight) and "weight" not in self.frozen._parameters:
+            raise UnsupportedError(
+                f"merge: the weight of {path!r} is made anew before each forward (pruning, weight_norm "
+                "or a parametrization), which would undo the merge; make it permanent first, for "
+                "example with torch.nn.utils.prune.remove. The model is unchanged"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    @property
-    def mergeable(self) -> bool:
-        """Whether the base's weight is a parameter of its own, and not made from others before each
-        forward (pruning, weight_norm, parametrizations), which would undo a merge."""
-        dense = isinstance(self.base_weight, DenseWeight)
-        return not dense or "weight" in self.base_layer._parameters
 
-    def unmerge(self) -> None:
-        """Put the weight back that `merge` replaced, where the model lies now."""
-        self._exchange()
-        self._aside, self.merged = [], []
+def _merged_parts(
+    base: nn.Module, weight: Weight, dense: Tensor, bias: Tensor | None
+) -> dict[str, nn.Module | nn.Parameter]:
+    """What takes the place of parts of a base layer: by name its weight and bias, or the layer itself."""
+    if not isinstance(weight, DenseWeight):
+        return {"base_layer": dense_layer(base, dense, bias)}
+    target: nn.Parameter = base.weight  # type: ignore[assignment]
+    stored = dense if weight.tensor is target else dense.t()
+    parts: dict[str, nn.Module | nn.Parameter] = {
+        "weight": nn.Parameter(stored.contiguous(), target.requires_grad)
+    }
+    old = weight.bias
+    if bias is not None and old is not None and bias is not old:
+        parts["bias"] = nn.Parameter(bias.to(old.dtype), old.requires_grad)
+    return parts
 
-    def _switch(self) -> None:
-        if self.merged:
-            self._exchange()
 
-    def _exchange(self) -> None:
-        """Swap the weight in place and the one set aside; nothing is computed, so both stay exact."""
-        other = self._aside[0]
-        now: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
-        if isinstance(other, nn.Module):
-            self._aside[0], self.base_layer = self.base_layer, other.to(now.device)
-        else:
-            other.data = other.data.to(now.device, now.dtype)
-            self._aside[0], self.base_layer.weight = now, other
+Layer = TypeVar("Layer", bound=AdapterLayer)
+
+
+def link_of(module: nn.Module, kind: type[Layer]) -> Layer | None:
+    """The layer of one method among those of an adapted linear; None if it has none."""
+    links = module.links() if isinstance(module, AdapterLayer) else []
+    return next((link for link in links if isinstance(link, kind)), None)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks watch this module itself, or serve it in the place of its forward (offloading)."""
     return bool(
-        "forward" in module.__dict__
+        forward_replaced(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -237,63 +206,38 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def dense_linear(weight: Weight, matrix: Tensor) -> nn.Linear:
-    """A frozen `nn.Linear` with W [N, K] = matrix and the weight's bias."""
-    layer = nn.Linear(
-        weight.in_features, weight.out_features, weight.bias is not None, device="meta"
-    )
-    layer.weight = nn.Parameter(matrix, requires_grad=False)
-    if weight.bias is not None:
-        layer.bias = nn.Parameter(weight.bias.detach().to(matrix.dtype), requires_grad=False)
+Maker = Callable[[Tensor, "Tensor | None"], nn.Module]
+_makers: dict[str, Maker] = {}
+
+
+def register_dense(qualified_name: str, make: Maker) -> None:
+    """Teach merging a class of dense layers that does not store its weight as `nn.Linear` does.
+
+    Args:
+        qualified_name: `module.Class`, so that the library that defines it need not be imported.
+        make: gives the layer of a matrix [N, K] and a bias.
+    """
+    _makers[qualified_name] = make
+
+
+def dense_layer(base: nn.Module, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+    """A frozen dense layer with W [N, K] = matrix and a bias of its dtype, of the kind in whose place a
+    quantised layer is."""
+    if bias is not None:
+        bias = bias.detach().to(matrix.dtype)
+    return _makers.get(source_class(base), _linear)(matrix, bias).requires_grad_(False)
+
+
+def source_class(base: nn.Module) -> str:
+    """The qualified name of the class of the layer in whose place a quantised layer is."""
+    cls = getattr(base, "source_cls", nn.Linear)  # what transformers notes on bitsandbytes' layers
+    return getattr(base, "replaced", "") or f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _linear(matrix: Tensor, bias: Tensor | None) -> nn.Linear:
+    out_features, in_features = matrix.shape
+    layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    layer.weight = nn.Parameter(matrix)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
     return layer
-
-
-class SavedModule(Switchable):
-    """A module trained whole beside the adapters (`modules_to_save`): the original and copies by name."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
-
-    def add(self, name: str) -> None:
-        """Add a trainable copy of the original under an adapter's name."""
-        twin = copy.deepcopy(self.original_module)
-        self.modules_to_save[name] = twin.requires_grad_(True)
-
-    def adapter_names(self) -> list[str]:
-        """Names that have a copy."""
-        return list(self.modules_to_save)
-
-    def adapter_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """`(parameter path, parameter)` of one copy."""
-        if name in self.modules_to_save:
-            yield from self.modules_to_save[name].named_parameters()
-
-    def set_active(self, names: list[str]) -> None:
-        """The first of the names that has a copy takes part in the forward."""
-        self.active = [name for name in names if name in self.modules_to_save][:1]
-
-    def remove(self, name: str) -> None:
-        super().remove(name)
-        if name in self.modules_to_save:
-            del self.modules_to_save[name]
-
-    def current(self) -> nn.Module:
-        """The module that serves now."""
-        if self.enabled and self.active:
-            return self.modules_to_save[self.active[0]]
-        return self.original_module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward of the module that serves now."""
-        return self.current()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            blank = "active" not in self.__dict__  # pickle or copy is about to fill it
-            if blank or name in _HOOK_MARKS:
-                raise
-            return getattr(self.current(), name)

@@ -122,6 +122,7 @@ def save(
         clean(directory)
         temporary.mkdir()
         save_file(tensors, temporary / _TRAINING)
+        honour_umask(temporary)
         (temporary / _TRAINER).write_text(json.dumps(values), encoding="utf-8")
         write_model(temporary)
         files = {file.relative_to(temporary).as_posix(): _entry(file) for file in _files(temporary)}
@@ -141,6 +142,13 @@ def save(
         needed = sum(tensor.nbytes for tensor in tensors.values())
         raise _write_error(directory, name, error, needed) from error
     return final
+
+
+def honour_umask(directory: Path) -> None:
+    """Let those read and write the files of a new directory whom the umask lets into it: safetensors makes
+    such as only their owner can read."""
+    for file in _files(directory):
+        file.chmod(directory.stat().st_mode & 0o666)
 
 
 def _write_error(directory: Path, name: str, error: Exception, needed: int) -> CheckpointWriteError:

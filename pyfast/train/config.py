@@ -34,6 +34,40 @@ class AdapterOptions:
 
 
 @dataclass
+class PromptOptions:
+    """The virtual tokens of `p-tuning`.
+
+    Attributes:
+        tokens: How many there are.
+        encoder: The network that makes them: "mlp" or "lstm" (PEFT's), or "nemo" (two linears).
+        hidden: Size inside the network; by default the model's hidden size, for "nemo" 1024.
+    """
+
+    tokens: int = 20
+    encoder: Literal["mlp", "lstm", "nemo"] = "mlp"
+    hidden: int | None = None
+
+
+@dataclass
+class BottleneckOptions:
+    """The small networks of `adapters`.
+
+    Attributes:
+        size: Their inner size.
+        placement: "houlsby" has them behind attention and MLP, "pfeiffer" behind the MLP alone.
+        activation: Between their two linears.
+        layer_norm: Have a LayerNorm in front of them.
+        bias: Have biases in the linears.
+    """
+
+    size: int = 32
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    layer_norm: bool = True
+    bias: bool = False
+
+
+@dataclass
 class QuantOptions:
     """NF4 quantisation of the frozen weights under `qlora`.
 
@@ -75,7 +109,8 @@ class OptimizerOptions:
     """AdamW.
 
     Attributes:
-        lr: Peak learning rate; by default 5e-4 for adapters, 2e-5 for full fine-tuning.
+        lr: Peak learning rate; by default 5e-4 for lora, qlora and adapters, 3e-3 for ia3, 1e-3 for p-tuning,
+            2e-5 for full fine-tuning.
         weight_decay: Decoupled decay, applied to matrices only.
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
@@ -145,7 +180,8 @@ class FinetuneConfig:
 
     Attributes:
         model: "default" (SmolLM2-135M-Instruct), a model directory, or a name on the Hugging Face hub.
-        method: "lora", "qlora" (4-bit frozen weights) or "sft" (all weights).
+        method: "lora", "qlora" (4-bit frozen weights), "sft" (all weights), "ia3" (vectors that scale
+            activations), "p-tuning" (virtual tokens) or "adapters" (small networks behind attention and MLP).
         data: "default", or JSONL of {"input", "output"}, {"prompt", "completion"} or {"messages"} records:
             a file, or a list as '[a.jsonl, b.jsonl]'.
         output_dir: Where everything is written; by default a new directory under outputs/.
@@ -153,11 +189,13 @@ class FinetuneConfig:
     """
 
     model: str = "default"
-    method: Literal["lora", "qlora", "sft"] = "lora"
+    method: Literal["lora", "qlora", "sft", "ia3", "p-tuning", "adapters"] = "lora"
     data: str | list[str] = "default"
     output_dir: str | None = None
     resume: bool = False
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    bottleneck: BottleneckOptions = field(default_factory=BottleneckOptions)
     quant: QuantOptions = field(default_factory=QuantOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -176,14 +214,19 @@ class FinetuneConfig:
         """The learning rate asked for, or the method's default."""
         if self.optimizer.lr is not None:
             return self.optimizer.lr
-        return 2e-5 if self.method == "sft" else 5e-4
+        return _RATES.get(self.method, 5e-4)
 
+
+_RATES = {"sft": 2e-5, "ia3": 3e-3, "p-tuning": 1e-3}
 
 # field: (lowest value, lowest is allowed, highest value, highest is allowed)
 _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "adapter.r": (1, True, math.inf, False),
     "adapter.alpha": (0, False, math.inf, False),
     "adapter.dropout": (0, True, 1, False),
+    "prompt.tokens": (1, True, math.inf, False),
+    "prompt.hidden": (1, True, math.inf, False),
+    "bottleneck.size": (1, True, math.inf, False),
     "dataset.eval_fraction": (0, True, 1, False),
     "dataset.max_length": (2, True, math.inf, False),
     "dataset.max_bad_fraction": (0, True, 1, True),
@@ -205,7 +248,10 @@ _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "run.samples": (0, True, math.inf, False),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("lora", "qlora", "sft"),
+    "method": ("lora", "qlora", "sft", "ia3", "p-tuning", "adapters"),
+    "prompt.encoder": ("mlp", "lstm", "nemo"),
+    "bottleneck.placement": ("houlsby", "pfeiffer"),
+    "bottleneck.activation": ("silu", "gelu", "relu"),
     "dataset.split_by": ("prompt_and_answer", "prompt"),
     "dataset.on_bad_record": ("raise", "skip"),
     "schedule.kind": ("cosine", "linear", "constant"),

@@ -155,8 +155,10 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         options = self.config.optimizer
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        vectors = [p for p in self.parameters.values() if p.ndim < 2]
+        named = self.parameters.items()
+        # IA3's vectors have a second dimension of one; they start at one and must not shrink.
+        vectors = [p for name, p in named if p.ndim < 2 or ".ia3_l." in name]
+        matrices = [p for name, p in named if p.ndim >= 2 and ".ia3_l." not in name]
         groups = [
             {"params": matrices, "weight_decay": options.weight_decay},
             {"params": vectors, "weight_decay": 0.0},

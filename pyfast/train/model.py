@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 
 import pyfast
 from pyfast.errors import ConfigError, NoGradientError
+from pyfast.nn.prompt import VirtualTokens
+from pyfast.train.checkpoint import honour_umask
 from pyfast.train.config import FinetuneConfig, RunOptions, in_full
 from pyfast.train.data import Data
 from pyfast.train.default_model import HUB_ID
@@ -77,25 +79,9 @@ def prepare_model(
     # Full fine-tuning keeps fp32 weights and computes in bf16: in bf16 most updates would round away.
     dtype = torch.float32 if config.method == "sft" else place.dtype
     source = str(weights) if weights else model_source(config.model)
-    model, tokenizer = load_pretrained(source, dtype, place.device)
-    options = config.adapter
-    if config.method == "sft":
-        pyfast.apply(model, pyfast.SFTConfig())
-    else:
-        if config.method == "qlora" and getattr(model.config, "quantization_config", None) is None:
-            pyfast.quantize(model, blocksize=config.quant.blocksize, nested=config.quant.nested)
-        lora = pyfast.LoraConfig(
-            r=options.r,
-            lora_alpha=options.alpha,
-            lora_dropout=options.dropout,
-            target_modules=options.targets,
-            use_rslora=options.rslora,
-            use_dora=options.dora,
-            task_type="CAUSAL_LM",
-            # Not the path that the default model has on this machine: PEFT loads it from the hub.
-            base_model_name_or_path=HUB_ID if config.model == "default" else in_full(config.model),
-        )
-        pyfast.apply(model, lora)
+    nf4 = asdict(config.quant) if config.method == "qlora" else None
+    model, tokenizer = load_pretrained(source, dtype, place.device, nf4)
+    pyfast.apply(model, method_config(config))
     if config.run.activation_checkpointing:
         # The reentrant form gives frozen inputs no gradient, so an adapter would not train.
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers >= 5.24
@@ -103,8 +89,46 @@ def prepare_model(
     return model, tokenizer
 
 
+def method_config(config: FinetuneConfig) -> Any:
+    """What `pyfast.apply` is given for the method of a run."""
+    if config.method == "sft":
+        return pyfast.SFTConfig()
+    # Not the path that the default model has on this machine: PEFT loads it from the hub.
+    base = HUB_ID if config.model == "default" else in_full(config.model)
+    about: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    if config.method == "ia3":
+        return pyfast.IA3Config(**about)
+    if config.method == "p-tuning":
+        return pyfast.PromptEncoderConfig(
+            num_virtual_tokens=config.prompt.tokens,
+            encoder_reparameterization_type=config.prompt.encoder.upper(),
+            encoder_hidden_size=config.prompt.hidden,
+            **about,
+        )
+    if config.method == "adapters":
+        return pyfast.BottleneckConfig(
+            bottleneck_size=config.bottleneck.size,
+            placement=config.bottleneck.placement,
+            activation=config.bottleneck.activation,
+            layer_norm=config.bottleneck.layer_norm,
+            bias=config.bottleneck.bias,
+            **about,
+        )
+    options = config.adapter
+    return pyfast.LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.targets,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        **about,
+    )
+
+
 def learned_positions(model: Any) -> int | None:
-    """Length of a learned table of positions, which no input can exceed; None where there is none."""
+    """Length of a learned table of positions that is left for an input, beside virtual tokens; None where
+    there is no such table."""
     positions = getattr(model.config, "max_position_embeddings", None)
     words = model.get_input_embeddings()
     sizes = [
@@ -114,7 +138,8 @@ def learned_positions(model: Any) -> int | None:
     ]
     # Some tables have up to two rows before that of the first position.
     if positions and any(positions <= size <= positions + 2 for size in sizes):
-        return int(positions)
+        prompts = (module for module in model.modules() if isinstance(module, VirtualTokens))
+        return int(positions) - sum(module.length(0) for module in prompts)
     return None
 
 
@@ -236,6 +261,7 @@ def write_weights(model: Any, tokenizer: Any, directory: Path, method: str) -> N
     if method == "sft":
         model.save_pretrained(directory / "model")
         save_tokenizer(tokenizer, directory / "model")
+        honour_umask(directory / "model")
     else:
         pyfast.save_adapter(model, directory / "adapter")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import pyfast
 from pyfast.errors import ConfigError, PyfastError, UnsupportedError
 from pyfast.train.default_model import default_model_dir
 
@@ -25,12 +26,22 @@ def model_source(name: str) -> str:
     return str(default_model_dir()) if name == "default" else name
 
 
-def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def load_pretrained(
+    source: str, dtype: torch.dtype, device: torch.device, nf4: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """A causal language model and its tokenizer; code that comes with a model is never run.
+
+    Args:
+        source: From `model_source`.
+        dtype: Of its dense weights.
+        device: Where it is put.
+        nf4: What `pyfast.quantize` would be given: the layers become NF4 as they are read. A model that
+            is stored quantised stays as it is, and has a `quantization_config`.
 
     Raises:
         ConfigError: There is no such model, here or on the hub, it cannot be read, or its weights are
             not those that its config.json asks for.
+        NonFiniteError: Under nf4, a weight holds NaN or infinity.
         UnsupportedError: The model is an encoder-decoder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -44,15 +55,20 @@ def load_pretrained(source: str, dtype: torch.dtype, device: torch.device) -> tu
                 f"'{source}' is an encoder-decoder ({config.model_type}); this command trains decoders only."
             )
         tokenizer = AutoTokenizer.from_pretrained(place, **only)
+        options: dict[str, Any] = dict(only)
+        if nf4 is not None and getattr(config, "quantization_config", None) is None:
+            options["quantization_config"] = pyfast.NF4Config(**nf4)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=dtype,
             device_map={"": device},
             ignore_mismatched_sizes=True,  # they are told below, with both shapes
             output_loading_info=True,
-            **only,
+            **options,
         )
     model, info = loaded
+    if "quantization_config" in options:
+        del model.config.quantization_config  # it is in no file, as after `pyfast.quantize`
     if other := sorted(info["mismatched_keys"]):
         name, stored, needed = other[0]
         raise ConfigError(

@@ -36,6 +36,8 @@ from pyfast.train.model import Place, answer, write_weights
 
 # Settings a resumed run may change: they decide what is shown and kept, not what is learned.
 _FREE = ("eval_every", "save_every", "keep_last", "log_every", "samples", "device", "dtype")
+# Methods whose adapters are no part of weights.
+_UNMERGED = ("p-tuning", "adapters")
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,8 @@ def check_length(checkpoint: Checkpoint, config: FinetuneConfig, model: Any) -> 
     else:
         flags = _weights_flags(config, model, checkpoint.path / "adapter")
         onward = f"pyfast merge {flags} --output MERGED, then pyfast finetune --model MERGED"
+    if config.method in _UNMERGED:
+        onward = f"pyfast.load_adapter(model, {str(checkpoint.path / 'adapter')!r}, trainable=True)"
     raise ResumeError(
         f"checkpoint '{checkpoint.path}' belongs to a run of {before}, this asks for {now}; the learning "
         "rate is scheduled over the whole run, so its length stays as it is. "
@@ -381,7 +385,7 @@ def finish(
     )
     flags = _weights_flags(config, model, weights)
     say(f"\nAsk it:    pyfast generate {flags} --prompt '...'")
-    if kind == "adapter":
+    if kind == "adapter" and config.method not in _UNMERGED:
         merged = shlex.quote(str(output / "merged"))
         say(f"Merge it:  pyfast merge {flags} --output {merged}")
     return result

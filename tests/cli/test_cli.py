@@ -245,7 +245,8 @@ def test_unknown_or_shortened_flag_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("finetune --method loro", "method is 'loro'; it must be one of lora, qlora, sft"),
+        ("finetune --method loro",
+         "method is 'loro'; it must be one of lora, qlora, sft, ia3, p-tuning, adapters"),
         ("finetune --run.dtype=", "run.dtype is ''; it must be one of auto, bf16, fp32"),
         ("convert --source a --output b --dtype q", "dtype is 'q'; it must be one of bf16, fp16, fp32"),
         ("finetune --run.steps x", "run.steps is 'x'; it must be an integer"),

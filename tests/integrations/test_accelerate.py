@@ -2,8 +2,10 @@
 """`pyfast.accelerate` on PEFT and bitsandbytes models: the same numbers, names and functions as before."""
 
 import copy
+import functools
 import pickle
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -39,11 +41,12 @@ def saved(tmp_path_factory):
     return directory
 
 
-def four_bit(directory, **options):
+def four_bit(directory, *, nested=True, **options):
+    """The model with its linears as bitsandbytes makes them."""
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=torch.float32,
         **options,
     )
@@ -172,12 +175,32 @@ def test_hooks_and_replaced_forwards():
     base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     base.register_forward_hook(lambda *args: seen.append(1))
     replaced = model.base_model.model.model.layers[1].mlp.up_proj
-    replaced.forward = replaced.forward
+    replaced.forward = functools.partial(type(replaced).forward, replaced)
     report = pyfast.accelerate(model)
     assert torch.allclose(logits(model), logits(plain), atol=1e-6)
     assert seen
     (row,) = [row for row in report.left if row.path.endswith("layers.1.mlp.up_proj")]
     assert row.reason == "its forward was replaced, as hooks that move weights between devices do"
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("served_before", [False, True])
+def test_layers_whose_hooks_were_removed_are_served(four_bits, served_before, saved):
+    model = four_bit_lora(saved) if four_bits else lora()
+    expected = logits(model.train())  # in which bitsandbytes leaves its weights as they are
+    if served_before:
+        pyfast.accelerate(model)
+    for module in list(model.modules()):
+        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+    accelerate.hooks.remove_hook_from_submodules(model)
+    base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    assert "forward" in vars(base)  # left by accelerate, the class's own
+    report = pyfast.accelerate(model)
+    assert [row.path for row in report.left] == ["base_model.model.lm_head"]
+    with recorded_kernels() as kernels:
+        result = logits(model)
+    assert [op for op, _ in kernels].count("lora_linear") == (14 if four_bits else 4)
+    assert torch.allclose(result, expected, atol=1e-5)
 
 
 class Doubling(nn.Linear):

@@ -169,7 +169,11 @@ def test_configs_that_are_not_configs(case, base, copied):
 
 
 VALUES = [
-    (ConfigError, {"peft_type": ...}, "peft_type None is not served; use one of ['LORA']"),
+    (
+        ConfigError,
+        {"peft_type": ...},
+        "peft_type None is not served; use one of ['BOTTLENECK', 'IA3', 'LORA', 'P_TUNING']",
+    ),
     (ConfigError, {"peft_type": "EVIL"}, "peft_type 'EVIL' is not served"),
     (ConfigError, {"peft_type": []}, "peft_type [] is not served"),
     (ConfigError, {"r": "8"}, "r='8' is not of type int"),

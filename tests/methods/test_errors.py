@@ -321,7 +321,8 @@ def test_unknown_configs():
     model = llama()
     message = refused(model, UnsupportedError, lambda: pyfast.apply(model, {"r": 8}))
     assert message == (
-        "[PF016] dict (peft_type None) is not served; use one of ['LoraConfig', 'SFTConfig']"
+        "[PF016] dict (peft_type None) is not served; use one of ['BottleneckConfig', 'IA3Config', "
+        "'LoraConfig', 'PromptEncoderConfig', 'SFTConfig']"
     )
 
 

@@ -13,6 +13,7 @@ from pyfast import LoraConfig
 from pyfast.errors import UnsupportedError
 from pyfast.methods.lora import LoraLinear
 from pyfast.nn import NF4Linear, SavedModule
+from tests.family_models import variant
 from tests.models import (
     adapted_paths,
     gpt2,
@@ -264,3 +265,30 @@ def test_classifier_head_is_spared_and_saved():
     pyfast.apply(model, LoraConfig(target_modules="all-linear", modules_to_save=["score"]))
     assert len(adapted_paths(model, LoraLinear)) == 14
     assert adapted_paths(model, SavedModule) == {"score"}
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # PEFT
+@pytest.mark.parametrize("prepare", [lambda model: model, pyfast.quantize])
+def test_experts_and_routers_that_all_linear_leaves_out_are_told(prepare):
+    theirs = get_peft_model(variant("mixtral"), PeftConfig(target_modules="all-linear"))
+    theirs = {plain(name) for name, p in theirs.named_parameters() if p.requires_grad}
+    with pytest.warns(UserWarning, match="adapts linear layers alone") as caught:
+        ours = pyfast.apply(prepare(variant("mixtral")), LoraConfig(target_modules="all-linear"))
+    trained = {plain(name) for name, p in ours.named_parameters() if p.requires_grad}
+    layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in theirs - trained}
+    assert layers == {
+        f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("experts", "gate")
+    }
+    assert [str(warning.message) for warning in caught] == [
+        "target_modules='all-linear' adapts linear layers alone: 2 times experts (first: gate_up_proj and "
+        "down_proj of 'model.layers.0.mlp.experts') and 2 routers (first: 'model.layers.0.mlp.gate') of "
+        "MixtralForCausalLM stay as they are. PEFT's 'all-linear' adapts them too in models whose experts "
+        "it knows, Mixtral among them. Fix: name the layers in target_modules, which leaves these out "
+        "without this warning"
+    ]
+
+
+def test_experts_that_are_named_or_trained_whole_are_not_warned_of():
+    pyfast.apply(variant("mixtral"), LoraConfig(target_modules=["q_proj"]))
+    config = LoraConfig(target_modules="all-linear", modules_to_save=["mlp"])
+    pyfast.apply(variant("mixtral"), config)

@@ -4,6 +4,7 @@
 import contextlib
 import copy
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -308,3 +309,33 @@ def test_parts_that_cannot_be_read_are_refused(where):
         error = pytest.raises(UnsupportedError, match="'default' lies on the meta device")
     with error:
         ours(x)
+
+
+def offload(module):
+    accelerate.cpu_offload(module, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_offloading_of_the_parts(kind):
+    """The weight and the factors are read to have the norms; the magnitudes are only multiplied with."""
+    ours, _ = pair("no bias" if kind == "nf4" else kind)
+    if kind == "nf4":
+        ours.base_layer = NF4Linear.from_weight(ours.base_weight)
+    x = seeded((6, K), seed=1)
+    expected = ours(x)
+    refused = {
+        ours.base_layer: (
+            AdapterStateError,
+            "leave this layer out of the offloading. DoRA, merging",
+        ),
+        ours.lora_B["default"]: (UnsupportedError, "leave adapters on their device"),
+    }
+    for part, (error, text) in refused.items():
+        offload(part)
+        with pytest.raises(error, match=text):
+            ours(x)
+        accelerate.hooks.remove_hook_from_module(part)
+        torch.testing.assert_close(ours(x), expected)
+    offload(ours.lora_magnitude_vector["default"])
+    assert ours.lora_magnitude_vector["default"].weight.is_meta
+    torch.testing.assert_close(ours(x), expected)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from pyfast import ops
 from pyfast.errors import UnsupportedError
 from pyfast.methods.lora import LoraLinear
-from pyfast.nn import NF4Linear, weight_of
-from pyfast.nn.group import disband_groups, form_groups
+from pyfast.nn import NF4Linear, disband_groups, weight_of
+from pyfast.nn.group import form_groups
 
 F = torch.nn.functional
 OUT = {"q": 12, "k": 8, "v": 8}

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`weight_of`: which modules are linear layers that our ops may serve."""
 
+import copy
+import pickle
+
+import accelerate
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pyfast.nn import DenseWeight, NF4Linear, NF4Weight, register_format, weight_of
+from pyfast.nn.adapter_layer import has_hooks
 from tests.models import FalconLikeLinear
 
 
@@ -73,3 +78,18 @@ def test_a_format_is_registered_by_name():
     name = f"{Doubled.__module__}.{Doubled.__qualname__}"
     register_format(name, lambda module: DenseWeight(2 * module.part))
     assert torch.equal(weight_of(Doubled()).dense(), torch.full((3, 5), 2.0))
+
+
+def test_a_layer_whose_hooks_were_removed_is_served_again():
+    layer = nn.Linear(5, 3)
+    accelerate.cpu_offload(layer, torch.device("cpu"))
+    assert weight_of(layer) is None
+    assert has_hooks(layer)
+    accelerate.hooks.remove_hook_from_module(layer)
+    assert "forward" in vars(layer)  # left by accelerate, the class's own
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert isinstance(weight_of(each), DenseWeight)
+        assert not has_hooks(each)
+    other = nn.Linear(5, 3)
+    other.forward = layer.forward
+    assert weight_of(other) is None

@@ -97,6 +97,24 @@ def test_full_disk_is_told_in_a_sentence(
     assert finetune(config).steps == 2
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize("method", ["lora", "sft"])
+def test_files_have_the_mode_that_the_umask_gives(
+    make_config: Any, tmp_path: Path, method: str, umask: int
+) -> None:
+    config = make_config(method=method, steps=2)
+    before = os.umask(umask)
+    try:
+        finetune(config)
+        (tmp_path / "ordinary").touch()
+    finally:
+        os.umask(before)
+    found = {path: path.stat().st_mode for path in files(Path(config.output_dir))}
+    assert {"training.safetensors", "manifest.json"} < {path.name for path in found}
+    expected = (tmp_path / "ordinary").stat().st_mode
+    assert {path for path, mode in found.items() if mode != expected} == set()
+
+
 def test_tokenizer_that_cannot_be_written(
     byte_tokenizer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
