@@ -136,7 +136,9 @@ def test_what_is_saved_gives_the_same_outputs_in_a_fresh_base(name, method, tmp_
     model = shaken(pyfast.apply(base(method, name), method.config()))
     expected = outputs(model)
     method.save(model, tmp_path)
-    assert torch.equal(outputs(method.load(base(method, name), tmp_path)), expected)
+    # Weights that lie elsewhere in memory may be summed in another order.
+    loaded = outputs(method.load(base(method, name), tmp_path))
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=2e-6)
     if method.oracle_load is not None:
         close(outputs(method.oracle_load(dense(method, name), tmp_path)), expected)
 
