@@ -125,10 +125,11 @@ def variant(name, *, seed=0, **changes):
 
 
 def batch(model, *, seed=0):
-    """Inputs and labels for a model of any variant."""
+    """Inputs and labels for a model of any variant, where the model is."""
     ids = token_ids(seed=seed)
     labels = token_ids(columns=6, seed=seed + 1) if model.config.is_encoder_decoder else ids
-    return {"input_ids": ids, "labels": labels}
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 
 def outputs(model):
