@@ -96,4 +96,4 @@ def test_records(tmp_path: Path) -> None:
         (record,) = read_records([str(file)], DatasetOptions()).records
         assert record.prompt
         assert record.answer
-    assert len(lines) == 3
+    assert len(lines) == 5

@@ -91,6 +91,8 @@ class DatasetOptions:
             side of the split.
         deduplicate: Drop records whose prompt and answer repeat an earlier one.
         max_length: Tokens kept of a record; the rest is cut from the end and counted.
+        packing: Lay the records of a forward pass end to end in rows of at most `max_length` tokens, each
+            apart from the others: less padding, the same loss and gradients.
         on_bad_record: "raise" at the first record that cannot be used, or "skip" and count them.
         max_bad_fraction: With "skip", stop when more than this share of the records is bad.
     """
@@ -100,6 +102,7 @@ class DatasetOptions:
     split_by: Literal["prompt_and_answer", "prompt"] = "prompt_and_answer"
     deduplicate: bool = True
     max_length: int = 512
+    packing: bool = False
     on_bad_record: Literal["raise", "skip"] = "raise"
     max_bad_fraction: float = 0.01
 
@@ -182,8 +185,9 @@ class FinetuneConfig:
         model: "default" (SmolLM2-135M-Instruct), a model directory, or a name on the Hugging Face hub.
         method: "lora", "qlora" (4-bit frozen weights), "sft" (all weights), "ia3" (vectors that scale
             activations), "p-tuning" (virtual tokens) or "adapters" (small networks behind attention and MLP).
-        data: "default", or JSONL of {"input", "output"}, {"prompt", "completion"} or {"messages"} records:
-            a file, or a list as '[a.jsonl, b.jsonl]'.
+        data: "default", or JSONL of {"input", "output"}, {"prompt", "completion"}, {"messages"},
+            {"conversations"} (NeMo's with "system" and "mask", or ShareGPT's) or {"instruction", "input",
+            "output"} records: a file, or a list as '[a.jsonl, b.jsonl]'.
         output_dir: Where everything is written; by default a new directory under outputs/.
         resume: Go on from the newest checkpoint in `output_dir`.
     """

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +17,34 @@ import torch
 from pyfast.errors import DataError, EmptyTargetError
 from pyfast.train.config import FinetuneConfig
 from pyfast.train.default_data import default_records
-from pyfast.train.records import Reading, Record, read_records, split_records, without_leakage
+from pyfast.train.forms import Record
+from pyfast.train.records import Reading, read_records, split_records, without_leakage
 
 IGNORED = -100
 # Steps' worth of records that are sorted by length together, to spend less on padding.
 _POOL = 16
+# Stands for a turn's text to find where a template puts it; no text has this (Unicode: for internal use).
+_MARK = "\ufdd0\ufdd1"
 
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one record, and which of them are learned (True in `learned`)."""
+    """Tokens of one record, and which of them are learned (True in `learned`).
+
+    For an encoder-decoder, `tokens` are the decoder's and `source` are the encoder's; else it is empty.
+    """
 
     tokens: npt.NDArray[np.int32]
     learned: npt.NDArray[np.bool_]
     record: Record
+    source: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.source) + len(self.tokens)
 
     @property
     def num_targets(self) -> int:
@@ -57,7 +71,7 @@ class Examples:
 
     def describe(self, name: str, max_length: int) -> str:
         """Sizes, and every cut that was made."""
-        tokens = sum(len(item.tokens) for item in self.items)
+        tokens = sum(item.num_tokens for item in self.items)
         text = f"{name}: {len(self):,} records, {tokens:,} tokens, {self.num_learned:,} of them answers"
         if self.truncated:
             text += f"; {self.truncated:,} cut to {max_length} tokens"
@@ -84,11 +98,17 @@ class Data:
             digest.update(len(item.tokens).to_bytes(8, "little"))
             digest.update(item.tokens.tobytes())
             digest.update(item.learned.tobytes())
+            digest.update(item.source.tobytes())
         return digest.hexdigest()
 
 
-def load_data(config: FinetuneConfig, tokenizer: Any) -> Data:
+def load_data(config: FinetuneConfig, tokenizer: Any, encoder_decoder: bool = False) -> Data:
     """Read, split and tokenise the data of a run.
+
+    Args:
+        config: The run.
+        tokenizer: The model's.
+        encoder_decoder: Whether the model reads prompts apart from answers.
 
     Raises:
         DataError: A record cannot be used.
@@ -114,9 +134,10 @@ def load_data(config: FinetuneConfig, tokenizer: Any) -> Data:
         train, held = split_records(
             reading.records, options.eval_fraction, options.split_by, config.run.seed
         )
+    make = tokenize_apart if encoder_decoder else tokenize
     return Data(
-        tokenize(train, tokenizer, options.max_length),
-        tokenize(held, tokenizer, options.max_length),
+        make(train, tokenizer, options.max_length),
+        make(held, tokenizer, options.max_length),
         reading,
     )
 
@@ -151,33 +172,94 @@ def tokenize(records: list[Record], tokenizer: Any, max_length: int) -> Examples
     return examples
 
 
+def tokenize_apart(records: list[Record], tokenizer: Any, max_length: int) -> Examples:
+    """As `tokenize` for an encoder-decoder: the last answer is learned from all that comes before it.
+
+    Each side is cut to `max_length` tokens by itself, the encoder's with its end-of-sequence mark kept.
+
+    Raises:
+        DataError: The chat template refuses a record, or its mask leaves the answer out.
+    """
+    examples = Examples()
+    for record in records:
+        text, answer = _apart(record, tokenizer)
+        special = not getattr(tokenizer, "chat_template", None)  # a template has written them
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        source = tokenizer(text, add_special_tokens=special)["input_ids"] or end
+        target = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *end]
+        if not source or not target:
+            examples.dropped += 1
+            continue
+        examples.truncated += max(len(source), len(target)) > max_length
+        if len(source) > max_length:
+            cut = {"truncation": True, "max_length": max_length}
+            source = tokenizer(text, add_special_tokens=special, **cut)["input_ids"]
+        tokens = np.asarray(target[:max_length], dtype=np.int32)
+        whole = np.ones(len(tokens), dtype=np.bool_)
+        examples.items.append(Example(tokens, whole, record, np.asarray(source, dtype=np.int32)))
+    return examples
+
+
+def _apart(record: Record, tokenizer: Any) -> tuple[str, str]:
+    """What an encoder reads of a record, and its last answer."""
+    if "assistant" not in record.learned:
+        raise DataError(
+            f"{record.file} line {record.line:,}: an encoder-decoder learns the last answer, which the "
+            "record's mask leaves out. Fix: mask 'User', or a decoder model."
+        )
+    last = max(index for index, (role, _) in enumerate(record.turns) if role == "assistant")
+    before, answer = record.turns[:last], record.turns[last][1]
+    if getattr(tokenizer, "chat_template", None):
+        with _template_of(record):
+            messages = [{"role": role, "content": text} for role, text in before]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            return str(text), answer
+    if len(before) == 1:
+        return before[0][1], answer
+    return "\n".join(f"{role}: {text}" for role, text in before), answer
+
+
+@contextlib.contextmanager
+def _template_of(record: Record) -> Iterator[None]:
+    """Name the record that a chat template refuses."""
+    try:
+        yield
+    except Exception as error:  # a template is a program of the model's author: anything may come
+        raise DataError(
+            f"{record.file} line {record.line:,}: the tokenizer's chat template refuses the record "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
 def _pieces(record: Record, tokenizer: Any) -> list[tuple[str, bool]]:
     """The text of a record cut into (piece, learned) in order."""
     if not getattr(tokenizer, "chat_template", None):
         return _plain_pieces(record, tokenizer)
     messages = [{"role": role, "content": text} for role, text in record.turns]
 
-    def render(count: int, prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
-        )
+    def render(turns: list[dict[str, str]], prompt: bool) -> str:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
         return str(text)
 
-    try:
-        whole = render(len(messages), False)
+    def before(index: int) -> str:
+        """What comes before the text of a turn."""
+        if record.turns[index][0] == "assistant":
+            return render(messages[:index], True)
+        stand_in = messages[index] | {"content": _MARK}
+        return render([*messages[:index], stand_in], False).partition(_MARK)[0]
+
+    with _template_of(record):
+        whole = render(messages, False)
         spans = []
         for index, (role, _) in enumerate(record.turns):
-            if role == "assistant" and index > 0:
-                before, upto = render(index, True), render(index + 1, False)
+            if role in record.learned and (index > 0 or role != "assistant"):
+                head, upto = before(index), render(messages[: index + 1], False)
                 # A template may rewrite earlier turns (drop their reasoning, say); what it shows
                 # differently in the whole conversation cannot be located there and is not learned.
-                if whole.startswith(upto) and upto.startswith(before):
-                    spans.append((len(before), _end_of_answer(upto, len(before), tokenizer)))
-    except Exception as error:  # a template is a program of the model's author: anything may come
-        raise DataError(
-            f"{record.file} line {record.line:,}: the tokenizer's chat template refuses the record "
-            f"({type(error).__name__}: {error})."
-        ) from error
+                if whole.startswith(upto) and upto.startswith(head):
+                    spans.append((len(head), _end_of_turn(upto, len(head), tokenizer)))
     pieces, position = [], 0
     for start, end in spans:
         pieces += [(whole[position:start], False), (whole[start:end], True)]
@@ -186,8 +268,8 @@ def _pieces(record: Record, tokenizer: Any) -> list[tuple[str, bool]]:
     return [(text, learned) for text, learned in pieces if text]
 
 
-def _end_of_answer(text: str, start: int, tokenizer: Any) -> int:
-    """End of the answer with its end-of-sequence mark, without what templates put behind it."""
+def _end_of_turn(text: str, start: int, tokenizer: Any) -> int:
+    """End of the turn with its end-of-sequence mark, without what templates put behind it."""
     mark = tokenizer.eos_token
     found = text.rfind(mark, start) if mark else -1
     return found + len(mark) if found >= 0 else len(text)
@@ -204,7 +286,8 @@ def _plain_pieces(record: Record, tokenizer: Any) -> list[tuple[str, bool]]:
     else:
         for role, text in record.turns:
             pieces.append((f"{role}: ", False))
-            pieces.append((text + end, True) if role == "assistant" else (text + "\n", False))
+            learned = role in record.learned
+            pieces.append((text + (end if role == "assistant" or learned else "\n"), learned))
     return [(text, learned) for text, learned in pieces if text]
 
 
@@ -273,17 +356,22 @@ def collate(items: list[Example], pad_id: int, device: torch.device) -> Batch:
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, each int64 [batch, longest]; labels that are not
-        learned are -100. A label stands at its own token's position.
+        learned are -100. A label stands at its own token's position. For an encoder-decoder the first two
+        are the encoder's.
     """
-    longest = max(len(item.tokens) for item in items)
-    shape = (len(items), longest)
-    tokens = torch.full(shape, pad_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for row, item in enumerate(items):
-        ids = torch.from_numpy(item.tokens.astype(np.int64))
-        tokens[row, : len(ids)] = ids
-        mask[row, : len(ids)] = 1
-        labels[row, : len(ids)] = torch.where(torch.from_numpy(item.learned), ids, IGNORED)
-    batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    labels = [np.where(item.learned, item.tokens, IGNORED) for item in items]
+    read = [item.source if len(item.source) else item.tokens for item in items]
+    batch = {
+        "input_ids": _padded(read, pad_id),
+        "attention_mask": _padded([np.ones_like(row) for row in read], 0),
+        "labels": _padded(labels, IGNORED),
+    }
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _padded(rows: list[npt.NDArray[Any]], value: int) -> torch.Tensor:
+    """Rows of any lengths as int64 [rows, longest]."""
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    return out

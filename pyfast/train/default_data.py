@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 from pyfast.train.default_model import package_dir
-from pyfast.train.records import Record, normalized
+from pyfast.train.forms import Record
+from pyfast.train.records import normalized
 
 PACKAGE = "chatterbot-corpus"
 VERSION = "1.3.3"

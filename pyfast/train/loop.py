@@ -28,6 +28,7 @@ from pyfast.train.model import (
     trainable_parameters,
     write_weights,
 )
+from pyfast.train.packing import check_packing, collate_packed, row_capacity
 from pyfast.train.run import (
     Result,
     Samples,
@@ -55,6 +56,7 @@ def finetune(config: FinetuneConfig) -> Result:
         NoGradientError: Nothing would train.
         NonFiniteError: Loss or gradient is NaN or infinite; the weights of the last step are kept.
         ResumeError, CheckpointCorruptError: A checkpoint cannot be used.
+        UnsupportedError: The model cannot be trained so.
         CheckpointWriteError: A checkpoint, or anything else in the output directory, cannot be written.
     """
     validate(config)
@@ -66,13 +68,15 @@ def finetune(config: FinetuneConfig) -> Result:
     saved_model = checkpoint.path / "model" if checkpoint and config.method == "sft" else None
     model, tokenizer = prepare_model(config, place, saved_model)
     parameters = trainable_parameters(model)
-    data = load_data(config, tokenizer)
+    data = load_data(config, tokenizer, model.config.is_encoder_decoder)
     if not data.train.items:
         raise EmptyTargetError(
             f"no record is left to train on: the split holds out all {len(data.evaluation.items)}. "
             "Fix: more distinct records, or --dataset.eval_fraction 0"
         )
     check_data(model, tokenizer, data)
+    if config.dataset.packing:
+        check_packing(model, data.train.items)
     trainer = Trainer(config, place, model, tokenizer, parameters, data, output)
     describe(config, place, model, parameters, data, trainer.total)
     if checkpoint:
@@ -143,7 +147,7 @@ class Trainer:
     def __post_init__(self) -> None:
         run = self.config.run
         self.progress = Progress()
-        self.lengths = [len(item.tokens) for item in self.data.train.items]
+        self.lengths = [item.num_tokens for item in self.data.train.items]
         self.step_size = run.batch_size * run.accumulation
         self.total = run.steps or max(
             1, round(run.epochs * math.ceil(len(self.lengths) / self.step_size))
@@ -206,7 +210,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens, seconds = sum(len(item.tokens) for item in items), time.monotonic() - started
+        tokens, seconds = sum(item.num_tokens for item in items), time.monotonic() - started
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.seconds += seconds
@@ -216,12 +220,22 @@ class Trainer:
     def _batches(self, items: list[Example]) -> list[Batch]:
         size = self.config.run.batch_size
         pad, device = self.tokenizer.pad_token_id or 0, self.place.device
-        return [collate(items[i : i + size], pad, device) for i in range(0, len(items), size)]
+        parts = [items[i : i + size] for i in range(0, len(items), size)]
+        if self.config.dataset.packing:
+            capacity = row_capacity(self.model, self.config.dataset.max_length)
+            return [collate_packed(part, capacity, pad, device) for part in parts]
+        return [collate(part, pad, device) for part in parts]
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the next token, summed over the answer tokens of the batch, in fp32."""
-        targets = batch["labels"][:, 1:]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        if (
+            self.model.config.is_encoder_decoder
+        ):  # its decoder has a start token before the first label
+            targets = batch["labels"]
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(targets)
+        else:
+            targets = batch["labels"][:, 1:]
         # The output projection is a third of a small model: run it only where some row has a target.
         columns = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
         targets = targets[:, columns]
@@ -240,7 +254,7 @@ class Trainer:
 
     def evaluate(self, metrics: Metrics) -> float | None:
         """Loss per answer token of the held-out records; None when there are none."""
-        items = sorted(self.data.evaluation.items, key=lambda item: len(item.tokens))
+        items = sorted(self.data.evaluation.items, key=lambda item: item.num_tokens)
         if not items:
             return None
         with evaluating(self.model):

@@ -81,7 +81,7 @@ def prepare_model(
     source = str(weights) if weights else model_source(config.model)
     nf4 = asdict(config.quant) if config.method == "qlora" else None
     model, tokenizer = load_pretrained(source, dtype, place.device, nf4)
-    pyfast.apply(model, method_config(config))
+    pyfast.apply(model, method_config(config, model.config.is_encoder_decoder))
     if config.run.activation_checkpointing:
         # The reentrant form gives frozen inputs no gradient, so an adapter would not train.
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers >= 5.24
@@ -89,13 +89,14 @@ def prepare_model(
     return model, tokenizer
 
 
-def method_config(config: FinetuneConfig) -> Any:
+def method_config(config: FinetuneConfig, encoder_decoder: bool = False) -> Any:
     """What `pyfast.apply` is given for the method of a run."""
     if config.method == "sft":
         return pyfast.SFTConfig()
     # Not the path that the default model has on this machine: PEFT loads it from the hub.
     base = HUB_ID if config.model == "default" else in_full(config.model)
-    about: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    task = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+    about: dict[str, Any] = {"task_type": task, "base_model_name_or_path": base}
     if config.method == "ia3":
         return pyfast.IA3Config(**about)
     if config.method == "p-tuning":
@@ -164,12 +165,13 @@ def check_data(model: Any, tokenizer: Any, data: Data) -> None:
         ConfigError: A record is too long, or a token is unknown to the model.
     """
     items = [*data.train.items, *data.evaluation.items]
-    check_vocabulary(model, tokenizer, max(int(item.tokens.max()) for item in items))
-    longest = max(items, key=lambda item: len(item.tokens))
-    positions = learned_positions(model)
-    if positions is not None and len(longest.tokens) > positions:
+    tokens = (part for item in items for part in (item.tokens, item.source) if len(part))
+    check_vocabulary(model, tokenizer, max(int(part.max()) for part in tokens))
+    longest = max(items, key=lambda item: max(len(item.tokens), len(item.source)))
+    length, positions = max(len(longest.tokens), len(longest.source)), learned_positions(model)
+    if positions is not None and length > positions:
         raise ConfigError(
-            f"{longest.record.file} line {longest.record.line:,} has {len(longest.tokens)} tokens, but "
+            f"{longest.record.file} line {longest.record.line:,} has {length} tokens, but "
             f"{type(model).__name__} has {positions} positions. Fix: --dataset.max_length {positions}"
         )
 
@@ -205,7 +207,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
     """The model's greedy answer to a prompt, through the chat template where there is one."""
     inputs = _prompt(model, tokenizer, prompt)
-    start = inputs["input_ids"].shape[1]
+    # An encoder-decoder answers behind its start token alone.
+    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     if (positions := learned_positions(model)) is not None:
         max_new_tokens = min(max_new_tokens, positions + 1 - start)
     if max_new_tokens < 1:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import pyfast
-from pyfast.errors import ConfigError, PyfastError, UnsupportedError
+from pyfast.errors import ConfigError, PyfastError
 from pyfast.train.default_model import default_model_dir
 
 _HUB_SECONDS = 5.0
@@ -29,7 +29,7 @@ def model_source(name: str) -> str:
 def load_pretrained(
     source: str, dtype: torch.dtype, device: torch.device, nf4: dict[str, Any] | None = None
 ) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer; code that comes with a model is never run.
+    """A language model, decoder or encoder-decoder, and its tokenizer; code with a model is never run.
 
     Args:
         source: From `model_source`.
@@ -42,23 +42,24 @@ def load_pretrained(
         ConfigError: There is no such model, here or on the hub, it cannot be read, or its weights are
             not those that its config.json asks for.
         NonFiniteError: Under nf4, a weight holds NaN or infinity.
-        UnsupportedError: The model is an encoder-decoder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
 
     place = _locate(source)
     only = {"local_files_only": Path(place).is_dir()}
     with telling_what_cannot_be_read(source):
         config = AutoConfig.from_pretrained(place, **only)
-        if config.is_encoder_decoder:
-            raise UnsupportedError(
-                f"'{source}' is an encoder-decoder ({config.model_type}); this command trains decoders only."
-            )
         tokenizer = AutoTokenizer.from_pretrained(place, **only)
         options: dict[str, Any] = dict(only)
         if nf4 is not None and getattr(config, "quantization_config", None) is None:
             options["quantization_config"] = pyfast.NF4Config(**nf4)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(
             place,
             dtype=dtype,
             device_map={"": device},

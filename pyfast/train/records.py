@@ -6,12 +6,10 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
-import json
 import lzma
 import random
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections import defaultdict
@@ -22,42 +20,9 @@ from typing import IO, Any
 
 from pyfast.errors import ConfigError, DataError
 from pyfast.train.config import DatasetOptions
+from pyfast.train.forms import BadRecord, Record, parse
 
-# The forms a line may have, told apart by their fields.
-_PAIRS = {"prompt/completion": ("prompt", "completion"), "input/output": ("input", "output")}
-_MESSAGES = "messages"
-_FORMS = {**_PAIRS, _MESSAGES: (_MESSAGES,)}
-_ROLES = ("system", "user", "assistant", "tool")
 _MAX_LISTED = 5
-
-
-@dataclass(frozen=True)
-class Record:
-    """One conversation: `turns` are (role, text) pairs that end with an assistant turn to learn.
-
-    `is_pair` marks a bare prompt and completion, which may be joined without a chat template.
-    """
-
-    turns: tuple[tuple[str, str], ...]
-    is_pair: bool
-    file: str
-    line: int
-
-    @classmethod
-    def pair(cls, prompt: str, completion: str, file: str, line: int) -> Record:
-        """A record of one question and its answer."""
-        return cls((("user", prompt), ("assistant", completion)), True, file, line)
-
-    @property
-    def prompt(self) -> str:
-        """Everything before the first answer, joined by newlines."""
-        roles = [role for role, _ in self.turns]
-        return "\n".join(text for _, text in self.turns[: roles.index("assistant")])
-
-    @property
-    def answer(self) -> str:
-        """All assistant turns, joined by newlines."""
-        return "\n".join(text for role, text in self.turns if role == "assistant")
 
 
 @dataclass
@@ -76,14 +41,6 @@ class Reading:
         return "\n".join(lines)
 
 
-class _Bad(Exception):
-    """A record that cannot be used: where in the line, and why."""
-
-    def __init__(self, column: int, reason: str) -> None:
-        super().__init__(reason)
-        self.column = column
-
-
 def normalized(text: str) -> str:
     """Lower case without punctuation and repeated space: what counts as the same text."""
     words = re.sub(r"[^\w\s]", "", text.lower()).split()
@@ -91,7 +48,7 @@ def normalized(text: str) -> str:
 
 
 def read_records(files: list[str], options: DatasetOptions) -> Reading:
-    """Read JSONL files of {"input", "output"}, {"prompt", "completion"} or {"messages"} records.
+    """Read JSONL files of records in one of the forms of `pyfast.train.forms`.
 
     The form is found from the first good record of each file; empty lines are passed over.
 
@@ -105,7 +62,7 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
             none is left.
     """
     reading = Reading()
-    seen: set[tuple[tuple[str, str], ...]] = set()
+    seen: set[object] = set()
     total = 0
     for file in files:
         if not Path(file).is_file():
@@ -115,8 +72,8 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
         for line, raw in _lines(file):
             total += 1
             try:
-                form, record = _parse(raw, form, file, line)
-            except _Bad as bad:
+                form, record = parse(raw, form, file, line)
+            except BadRecord as bad:
                 message = f"{file} line {line:,}, column {bad.column}: {bad}"
                 if options.on_bad_record == "raise":
                     raise DataError(
@@ -124,10 +81,11 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
                     ) from None
                 reading.skipped.append(message)
                 continue
-            if options.deduplicate and record.turns in seen:
+            content = record.turns, record.learned
+            if options.deduplicate and content in seen:
                 reading.duplicates += 1
                 continue
-            seen.add(record.turns)
+            seen.add(content)
             reading.records.append(record)
     if len(reading.skipped) > options.max_bad_fraction * total:
         raise DataError(
@@ -199,107 +157,6 @@ _UNPACK: dict[str, Callable[[str], Any]] = {
     ".xz": lzma.open,
     ".zip": _open_zip,
 }
-
-
-def _parse(raw: bytes, form: str | None, file: str, line: int) -> tuple[str, Record]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        column = len(raw[: error.start].decode("utf-8")) + 1
-        raise _Bad(column, f"byte 0x{raw[error.start]:02x} is not UTF-8.") from None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        near = text[max(0, error.pos - 20) : error.pos + 20]
-        raise _Bad(error.pos + 1, f"invalid JSON ({error.msg}): ...{near!r}...") from None
-    except ValueError:  # Python reads an integer of at most so many digits
-        limit = sys.get_int_max_str_digits()
-        found = re.search(rf"\d{{{limit + 1},}}", text)
-        column = found.start() + 1 if found else 1
-        raise _Bad(column, f"an integer has more than {limit:,} digits.") from None
-    except RecursionError:
-        raise _Bad(1, "JSON is nested too deeply.") from None
-    if not isinstance(value, dict):
-        raise _Bad(1, f"a record must be a JSON object, this is {_kind(value)}.")
-    whole = [
-        name for name, fields in _FORMS.items() if all(value.get(f) is not None for f in fields)
-    ]
-    if len(whole) > 1:
-        raise _Bad(1, f"the record holds {' and '.join(whole)}; one form is read.")
-    form = form or _form(value)
-    if form == _MESSAGES:
-        turns = tuple(_turns(value, text))
-        return form, Record(turns, False, file, line)
-    prompt, completion = (_text(value, name, text, name) for name in _PAIRS[form])
-    return form, Record.pair(prompt, completion, file, line)
-
-
-def _form(value: dict[str, Any]) -> str:
-    if _MESSAGES in value:
-        return _MESSAGES
-    for form, names in _PAIRS.items():
-        if any(name in value for name in names):
-            return form
-    raise _Bad(
-        1,
-        f"fields {sorted(value)} are none of prompt/completion, input/output or messages.",
-    )
-
-
-def _turns(value: dict[str, Any], text: str) -> Iterator[tuple[str, str]]:
-    messages = value.get(_MESSAGES)
-    column = _column(text, _MESSAGES)
-    if messages == []:
-        raise _Bad(column, "field 'messages' is an empty list, it must hold the turns.")
-    if not isinstance(messages, list):
-        raise _Bad(column, f"field 'messages' must be a list of turns, this is {_kind(messages)}.")
-    roles = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise _Bad(column, f"field '{where}' must be an object, this is {_kind(message)}.")
-        role = message.get("role")
-        if role not in _ROLES:
-            raise _Bad(
-                column, f"field '{where}.role' is {role!r}; it must be one of {', '.join(_ROLES)}."
-            )
-        roles.append(role)
-        yield role, _text(message, "content", text, f"{where}.content")
-    if "assistant" not in roles[1:]:
-        raise _Bad(
-            column,
-            "field 'messages' has no assistant turn after another turn, so nothing to learn.",
-        )
-
-
-def _text(value: dict[str, Any], name: str, line: str, where: str) -> str:
-    column = _column(line, name)
-    if name not in value:
-        raise _Bad(column, f"field '{where}' is missing.")
-    content = value[name]
-    if not isinstance(content, str):
-        raise _Bad(column, f"field '{where}' must be text, this is {_kind(content)}.")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Bad(column, f"field '{where}' holds half of a surrogate pair.") from None
-    return content
-
-
-def _column(line: str, name: str) -> int:
-    """Where the field stands in the line; its start when the field is missing."""
-    return line.find(f'"{name}"') + 1 or 1
-
-
-def _kind(value: object) -> str:
-    kinds = {
-        bool: "true or false",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-        type(None): "null",
-    }
-    return kinds.get(type(value), "a number")
 
 
 def split_records(

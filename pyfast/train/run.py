@@ -212,7 +212,8 @@ def describe(
     else:
         say("  held out: nothing")
     size = config.run.batch_size * config.run.accumulation
-    say(f"Run: {total:,} steps of {size} records, peak learning rate {config.peak_lr:g}\n")
+    packed = ", packed" if config.dataset.packing else ""
+    say(f"Run: {total:,} steps of {size} records{packed}, peak learning rate {config.peak_lr:g}\n")
 
 
 class StopSignals:

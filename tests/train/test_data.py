@@ -1,17 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
+from pyfast.cli import main
 from pyfast.errors import DataError, EmptyTargetError
-from pyfast.train.data import IGNORED, Examples, collate, step_indices, tokenize
-from pyfast.train.records import Record
+from pyfast.train.data import (
+    IGNORED,
+    Examples,
+    collate,
+    load_data,
+    step_indices,
+    tokenize,
+    tokenize_apart,
+)
+from pyfast.train.forms import Record
+from pyfast.train.loop import Trainer, finetune
+from pyfast.train.model import choose_place, prepare_model, trainable_parameters
+from pyfast.train.run import seed_everything
+from tests.family_models import variant
 
 Make = Callable[..., Any]
 
@@ -150,3 +167,96 @@ def test_pools_spend_little_on_padding() -> None:
         padded += max(chosen) * len(chosen)
         used += sum(chosen)
     assert used / padded > 0.85
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(byte_tokenizer: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random T5 of two layers with a byte tokenizer."""
+    directory = tmp_path_factory.mktemp("t5")
+    ends = {"pad_token_id": 256, "eos_token_id": 257, "decoder_start_token_id": 256}
+    variant("t5", vocab_size=272, **ends).save_pretrained(directory)
+    byte_tokenizer(None).save_pretrained(directory)
+    return directory
+
+
+def test_prompt_and_answer_of_an_encoder_decoder(byte_tokenizer: Make) -> None:
+    chat = (("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    records = [
+        Record.pair("what?", "it", "f", 1),
+        Record((("user", "q"), ("assistant", "x")), False, "f", 2),
+        Record(chat, False, "f", 3),
+        Record.pair("", "", "f", 4),
+    ]
+    plain, template = byte_tokenizer(None), byte_tokenizer()
+    items = tokenize_apart(records, plain, 512).items
+    assert [plain.decode(item.source) for item in items] == [
+        "what?",
+        "q",
+        "system: S\nuser: a\nassistant: b\nuser: c",
+        "<|end|>",
+    ]
+    answers = ["it<|end|>", "x<|end|>", "d<|end|>", "<|end|>"]
+    assert [plain.decode(item.tokens) for item in items] == answers
+    assert all(item.learned.all() for item in items)
+    item = tokenize_apart([records[2]], template, 512).items[0]
+    messages = [{"role": role, "content": text} for role, text in chat[:-1]]
+    assert template.decode(item.source) == template.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    long = tokenize_apart([Record.pair("1234567", "123456", "f", 1)], plain, 5)
+    assert (plain.decode(long.items[0].source), long.truncated) == ("12345", 1)
+    assert plain.decode(long.items[0].tokens) == "12345"
+
+
+def test_mask_without_answers_is_refused_for_an_encoder_decoder(byte_tokenizer: Make) -> None:
+    record = Record((("user", "q"), ("assistant", "a")), False, "d.jsonl", 3, ("user",))
+    with pytest.raises(DataError, match=r"d\.jsonl line 3: .* learns the last answer"):
+        tokenize_apart([record], byte_tokenizer(None), 512)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "sft", "ia3", "p-tuning", "adapters"])
+def test_encoder_decoder_is_trained(make_config: Any, tiny_t5: Path, method: str) -> None:
+    config = make_config(model=str(tiny_t5), method=method, steps=8, samples=2)
+    config.optimizer.lr = 5e-3
+    result = finetune(config)
+    assert result.eval_loss is not None
+    assert result.eval_loss_before is not None
+    assert result.eval_loss < result.eval_loss_before
+    assert len(result.samples) == 2
+    if method != "sft":
+        about = json.loads((result.weights / "adapter_config.json").read_text())
+        assert about["task_type"] == "SEQ_2_SEQ_LM"
+    assert finetune(replace(config, resume=True)).eval_loss == result.eval_loss
+    given = (
+        ["--model", str(result.weights)] if method == "sft" else ["--adapter", str(result.weights)]
+    )
+    assert main(["generate", *given, "--prompt", "what is 3?", "--max_new_tokens", "8"]) == 0
+
+
+def test_loss_of_an_encoder_decoder_is_the_models_own(make_config: Any, tiny_t5: Path) -> None:
+    """Oracle: transformers' loss on each record alone, weighted by its tokens; accumulated or not."""
+    found = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        config = make_config(model=str(tiny_t5), batch_size=size, accumulation=accumulation)
+        config.adapter.dropout = 0.0
+        place = choose_place(config.run)
+        seed_everything(0)
+        model, tokenizer = prepare_model(config, place)
+        data = load_data(config, tokenizer, encoder_decoder=True)
+        parameters = trainable_parameters(model)
+        trainer = Trainer(config, place, model, tokenizer, parameters, data, tiny_t5)
+        rows = [trainer.step() for _ in range(3)]
+        found.append([(row["loss"], row["grad_norm"]) for row in rows])
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-6)
+    reference = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
+    total = count = 0.0
+    for index in step_indices(trainer.lengths, 4, 0, 0):
+        record = data.train.items[index].record
+        ids, labels = (
+            torch.tensor([tokenizer(text)["input_ids"]])
+            for text in (record.prompt, record.answer + tokenizer.eos_token)
+        )
+        with torch.no_grad():
+            total += float(reference(input_ids=ids, labels=labels).loss) * labels.numel()
+        count += labels.numel()
+    assert found[0][0][0] == pytest.approx(total / count, rel=1e-5)

@@ -18,7 +18,8 @@ import pytest
 
 from pyfast.errors import ConfigError, DataError
 from pyfast.train.config import DatasetOptions
-from pyfast.train.records import Record, normalized, read_records, split_records, without_leakage
+from pyfast.train.forms import Record
+from pyfast.train.records import normalized, read_records, split_records, without_leakage
 
 
 def write(path: Path, *lines: str | bytes) -> str:

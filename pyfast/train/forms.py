@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms a line of training data may have, and the record each becomes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_ROLES = ("system", "user", "assistant", "tool")
+# Who speaks in "conversations", by the names that NeMo's and ShareGPT's files have for them.
+_SPEAKERS = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation: (role, text) pairs, of which an assistant turn follows another one.
+
+    Attributes:
+        turns: The pairs.
+        is_pair: A bare prompt and completion, which may be joined without a chat template.
+        file: Where it was read.
+        line: There, from 1.
+        learned: The roles whose turns are learned.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    is_pair: bool
+    file: str
+    line: int
+    learned: tuple[str, ...] = ("assistant",)
+
+    @classmethod
+    def pair(cls, prompt: str, completion: str, file: str, line: int) -> Record:
+        """A record of one question and its answer."""
+        return cls((("user", prompt), ("assistant", completion)), True, file, line)
+
+    @property
+    def prompt(self) -> str:
+        """Everything before the first answer, joined by newlines."""
+        roles = [role for role, _ in self.turns]
+        return "\n".join(text for _, text in self.turns[: roles.index("assistant")])
+
+    @property
+    def answer(self) -> str:
+        """All assistant turns, joined by newlines."""
+        return "\n".join(text for role, text in self.turns if role == "assistant")
+
+
+class BadRecord(Exception):
+    """A record that cannot be used: where in the line, and why."""
+
+    def __init__(self, column: int, reason: str) -> None:
+        super().__init__(reason)
+        self.column = column
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One object of a file, with what its errors and its record name."""
+
+    value: dict[str, Any]
+    text: str
+    file: str
+    number: int
+
+    def column(self, name: str) -> int:
+        """Where the field stands in the line; its start when the field is missing."""
+        return self.text.find(f'"{name}"') + 1 or 1
+
+    def string(self, value: dict[str, Any], name: str, where: str) -> str:
+        """The text of a field, here or in a part of the object."""
+        column = self.column(name)
+        if name not in value:
+            raise BadRecord(column, f"field '{where}' is missing.")
+        content = value[name]
+        if not isinstance(content, str):
+            raise BadRecord(column, f"field '{where}' must be text, this is {_kind(content)}.")
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadRecord(column, f"field '{where}' holds half of a surrogate pair.") from None
+        return content
+
+    def optional(self, name: str) -> str:
+        """The text of a field that may be missing or null."""
+        return self.string(self.value, name, name) if self.value.get(name) is not None else ""
+
+    def objects(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The turns in a field, each with its name."""
+        turns, column = self.value.get(name), self.column(name)
+        if turns == []:
+            raise BadRecord(column, f"field '{name}' is an empty list, it must hold the turns.")
+        if not isinstance(turns, list):
+            raise BadRecord(
+                column, f"field '{name}' must be a list of turns, this is {_kind(turns)}."
+            )
+        for index, turn in enumerate(turns):
+            where = f"{name}[{index}]"
+            if not isinstance(turn, dict):
+                raise BadRecord(
+                    column, f"field '{where}' must be an object, this is {_kind(turn)}."
+                )
+            yield where, turn
+
+    def talk(self, name: str, turns: list[tuple[str, str]], learned: tuple[str, ...]) -> Record:
+        """The record of the turns in a field."""
+        if "assistant" not in [role for role, _ in turns][1:]:
+            raise BadRecord(
+                self.column(name),
+                f"field '{name}' has no assistant turn after another turn, so nothing to learn.",
+            )
+        return Record(tuple(turns), False, self.file, self.number, learned)
+
+
+def _pair(prompt: str, completion: str) -> Callable[[_Line], Record]:
+    def read(line: _Line) -> Record:
+        question, answer = (line.string(line.value, name, name) for name in (prompt, completion))
+        return Record.pair(question, answer, line.file, line.number)
+
+    return read
+
+
+def _messages(line: _Line) -> Record:
+    turns = []
+    for where, message in line.objects("messages"):
+        role = message.get("role")
+        if role not in _ROLES:
+            raise BadRecord(
+                line.column("messages"),
+                f"field '{where}.role' is {role!r}; it must be one of {', '.join(_ROLES)}.",
+            )
+        turns.append((role, line.string(message, "content", f"{where}.content")))
+    return line.talk("messages", turns, ("assistant",))
+
+
+def _alpaca(line: _Line) -> Record:
+    """Instruction, a text it is about (often none), answer."""
+    instruction, answer = (line.string(line.value, x, x) for x in ("instruction", "output"))
+    question = "\n\n".join(text for text in (instruction, line.optional("input")) if text)
+    turns = (("user", question), ("assistant", answer))
+    return Record(turns, False, line.file, line.number)
+
+
+def _conversations(line: _Line) -> Record:
+    """NeMo's chats, and ShareGPT's, which have turns alone."""
+    if (kind := line.value.get("type")) is not None:
+        raise BadRecord(
+            line.column("type"),
+            f"field 'type' is {kind!r}; labelled turns are not read, only those without (null).",
+        )
+    turns = [("system", system)] if (system := line.optional("system")) else []
+    for where, turn in line.objects("conversations"):
+        role = _speaker(turn.get("from"), line.column("conversations"), f"{where}.from")
+        turns.append((role, line.string(turn, "value", f"{where}.value")))
+    if line.value.get("mask") is None:
+        return line.talk("conversations", turns, ("assistant",))
+    return line.talk("conversations", turns, _unmasked(line, {role for role, _ in turns}))
+
+
+def _unmasked(line: _Line, roles: set[str]) -> tuple[str, ...]:
+    """The roles, other than the system's, whose turns NeMo's mask leaves to be learned."""
+    mask, column = line.value["mask"], line.column("mask")
+    names = mask if isinstance(mask, list) else [mask]
+    masked = {_speaker(name, column, "mask") for name in names}
+    learned = tuple(role for role in _ROLES[1:] if role in roles - masked)
+    if not learned:
+        raise BadRecord(column, f"field 'mask' is {mask!r}, which leaves no turn to learn.")
+    return learned
+
+
+def _speaker(name: object, column: int, where: str) -> str:
+    role = _SPEAKERS.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        known = ", ".join(_SPEAKERS)
+        raise BadRecord(column, f"field '{where}' is {name!r}; it must be one of {known}.")
+    return role
+
+
+# name: (fields that make it whole, reader)
+_FORMS: dict[str, tuple[tuple[str, ...], Callable[[_Line], Record]]] = {
+    "prompt/completion": (("prompt", "completion"), _pair("prompt", "completion")),
+    "instruction/output": (("instruction", "output"), _alpaca),
+    "input/output": (("input", "output"), _pair("input", "output")),
+    "messages": (("messages",), _messages),
+    "conversations": (("conversations",), _conversations),
+}
+# Fields of which one is enough to take a record for a form, in this order.
+_MARKS = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt/completion": ("prompt", "completion"),
+    "instruction/output": ("instruction",),
+    "input/output": ("input", "output"),
+}
+
+
+def parse(raw: bytes, form: str | None, file: str, number: int) -> tuple[str, Record]:
+    """Form and record of one line.
+
+    Args:
+        raw: The line.
+        form: That of the lines before; None to find it.
+        file: For the record.
+        number: For the record.
+
+    Raises:
+        BadRecord: It cannot be used.
+    """
+    text, value = _load(raw)
+    whole = [
+        name
+        for name, (fields, _) in _FORMS.items()
+        if all(value.get(f) is not None for f in fields)
+    ]
+    if "instruction/output" in whole and "input/output" in whole:
+        whole.remove("input/output")  # "input" is a field of Alpaca's own
+    if len(whole) > 1:
+        raise BadRecord(1, f"the record holds {' and '.join(whole)}; one form is read.")
+    form = form or _form(value)
+    return form, _FORMS[form][1](_Line(value, text, file, number))
+
+
+def _load(raw: bytes) -> tuple[str, dict[str, Any]]:
+    """A line as text, and the object it holds."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        column = len(raw[: error.start].decode("utf-8")) + 1
+        raise BadRecord(column, f"byte 0x{raw[error.start]:02x} is not UTF-8.") from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 20) : error.pos + 20]
+        raise BadRecord(error.pos + 1, f"invalid JSON ({error.msg}): ...{near!r}...") from None
+    except ValueError:  # Python reads an integer of at most so many digits
+        limit = sys.get_int_max_str_digits()
+        found = re.search(rf"\d{{{limit + 1},}}", text)
+        column = found.start() + 1 if found else 1
+        raise BadRecord(column, f"an integer has more than {limit:,} digits.") from None
+    except RecursionError:
+        raise BadRecord(1, "JSON is nested too deeply.") from None
+    if not isinstance(value, dict):
+        raise BadRecord(1, f"a record must be a JSON object, this is {_kind(value)}.")
+    return text, value
+
+
+def _form(value: dict[str, Any]) -> str:
+    for form, names in _MARKS.items():
+        if any(name in value for name in names):
+            return form
+    raise BadRecord(
+        1,
+        f"fields {sorted(value)} are none of prompt/completion, input/output, instruction/output, "
+        "messages or conversations.",
+    )
+
+
+def _kind(value: object) -> str:
+    kinds = {
+        bool: "true or false",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
+    return kinds.get(type(value), "a number")

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several records in one row, each apart from the others: less padding, the same loss and gradients.
+
+Positions begin again with each record. transformers reads from them, where there is no attention mask,
+which tokens belong together, and makes attention block-diagonal (varlen under flash-attn).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyfast.errors import UnsupportedError
+from pyfast.nn.prompt import VirtualTokens
+from pyfast.train.data import IGNORED, Batch, Example
+from pyfast.train.model import evaluating
+
+_FIX = "Fix: --dataset.packing false"
+# Of the trial's records; a difference that attention across their border makes shows in a few tokens.
+_TRIAL_TOKENS = 12
+# Largest difference of logits, as a share of the largest logit, that is put down to rounding.
+_ROUNDING = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def fill_rows(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Put records into rows of at most `capacity` tokens, the longest first, each where it first fits.
+
+    Returns:
+        The indices of the records of each row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if lengths[index] <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(capacity, lengths[index]))
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def collate_packed(items: list[Example], capacity: int, pad_id: int, device: torch.device) -> Batch:
+    """Lay examples end to end; each token of padding, at position 0, is a record of its own.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`, each int64 [rows, longest row]; no mask.
+    """
+    lengths = [len(item.tokens) for item in items]
+    rows = fill_rows(lengths, capacity)
+    shape = (len(rows), max(sum(lengths[index] for index in row) for row in rows))
+    tokens = torch.full(shape, pad_id, dtype=torch.int64)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for index in row:
+            ids = torch.from_numpy(items[index].tokens.astype(np.int64))
+            learned = torch.from_numpy(items[index].learned)
+            place = slice(start, start + len(ids))
+            tokens[number, place] = ids
+            positions[number, place] = torch.arange(len(ids))
+            labels[number, place] = torch.where(learned, ids, IGNORED)
+            start += len(ids)
+    batch = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def row_capacity(model: Any, max_length: int) -> int:
+    """Tokens of a row. Where records must be in one row (flash-attn's varlen, virtual tokens): no limit."""
+    flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+    prompts = any(isinstance(module, VirtualTokens) for module in model.modules())
+    return 2**62 if flash or prompts else max_length
+
+
+def check_packing(model: Any, items: list[Example]) -> None:
+    """Refuse a model that does not compute packed records as it computes each alone.
+
+    Raises:
+        UnsupportedError: With the reason.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"dataset.packing is true, but {name} is an encoder-decoder: its cross-attention has no form "
+            f"for packed records. {_FIX}"
+        )
+    if model.config.model_type == "recurrent_gemma":
+        raise UnsupportedError(
+            f"dataset.packing is true, but in {name} the recurrent scan and the convolution run along the "
+            f"whole row, so a record would see those before it. {_FIX}"
+        )
+    off = _difference(model, items)
+    dtype = model.get_input_embeddings().weight.dtype
+    if not off <= _ROUNDING.get(dtype, 1e-3):
+        raise UnsupportedError(
+            f"dataset.packing is true, but {name} computes two packed records otherwise than each alone "
+            f"(logits differ by {off:.1%} of the largest). {_FIX}"
+        )
+
+
+def _difference(model: Any, items: list[Example]) -> float:
+    """How far logits of two packed records are from those of each alone, as a share of the largest."""
+    device = model.get_input_embeddings().weight.device
+    parts = [
+        torch.from_numpy(items[index].tokens[:_TRIAL_TOKENS].astype(np.int64))[None].to(device)
+        for index in (0, -1)
+    ]
+    positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
+    with evaluating(model):
+        alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in parts], dim=1)
+        both = torch.cat(parts, dim=1)
+        packed = model(input_ids=both, position_ids=positions, use_cache=False).logits
+    return float((packed - alone).abs().max() / alone.abs().max())

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed records give the loss and the gradients of each record alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import pyfast
+from pyfast.errors import UnsupportedError
+from pyfast.train import finetune
+from pyfast.train.config import DatasetOptions, FinetuneConfig, PromptOptions
+from pyfast.train.data import IGNORED, Example, load_data
+from pyfast.train.forms import Record
+from pyfast.train.loop import Trainer
+from pyfast.train.model import choose_place, prepare_model, trainable_parameters
+from pyfast.train.packing import check_packing, collate_packed, fill_rows, row_capacity
+from pyfast.train.run import seed_everything
+from tests.family_models import VARIANTS, variant
+
+DECODERS = [name for name in VARIANTS if not name.startswith(("t5", "recurrent"))]
+RECORD = Record.pair("p", "c", "f", 1)
+
+
+def examples(lengths: list[int], seed: int = 0) -> list[Example]:
+    """Random tokens; the second half of each record is learned, but for one that is learned whole."""
+    draw = np.random.default_rng(seed)
+    items = []
+    for length in lengths:
+        learned = np.arange(length) >= (1 if length == max(lengths) else -(-length // 2))
+        items.append(Example(draw.integers(3, 96, length).astype(np.int32), learned, RECORD))
+    return items
+
+
+def alone(model: Any, items: list[Example]) -> torch.Tensor:
+    """Oracle: each record in a forward pass of its own, without mask and positions."""
+    losses = []
+    for item in items:
+        ids = torch.from_numpy(item.tokens.astype(np.int64))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        chosen = torch.from_numpy(item.learned[1:])
+        losses.append(F.cross_entropy(logits[chosen], ids[1:][chosen], reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+def packed(model: Any, items: list[Example], capacity: int) -> torch.Tensor:
+    batch = collate_packed(items, capacity, 0, torch.device("cpu"))
+    labels = batch.pop("labels")
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def compare(model: Any, items: list[Example], capacity: int, tolerance: float) -> None:
+    """Loss and gradients; differences are told from rounding by the largest gradients."""
+    expected, found = alone(model, items), packed(model, items, capacity)
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=0)
+    left, right = gradients(model, found), gradients(model, expected)
+    assert left.keys() == right.keys()
+    largest = max(float(gradient.abs().max()) for gradient in right.values())
+    for key, gradient in right.items():
+        limit = tolerance * max(float(gradient.abs().max()), 1e-3 * largest)
+        assert float((left[key] - gradient).abs().max()) <= limit, key
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("capacity", [24, 200], ids=["rows", "row"])
+def test_loss_and_gradients_are_those_of_each_record_alone(name: str, capacity: int) -> None:
+    items = examples([5, 17, 9, 2, 12, 24, 7])
+    # Gemma's norms and Gemma 2's softmax are computed in fp32 whatever the model's dtype.
+    compare(variant(name).double(), items, capacity, 1e-5 if "gemma" in name else 1e-11)
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm", "nemo"])
+def test_virtual_tokens_are_in_front_of_each_record(encoder: str) -> None:
+    model = variant("llama").double()
+    kind = {"encoder_reparameterization_type": encoder.upper(), "encoder_hidden_size": 16}
+    pyfast.apply(model, pyfast.PromptEncoderConfig(num_virtual_tokens=4, **kind)).double()
+    items = examples([5, 17, 9])
+    capacity = row_capacity(model, 17)
+    assert len(fill_rows([5, 17, 9], capacity)) == 1
+    compare(model, items, capacity, 1e-11)
+
+
+def test_rows_are_filled_and_hold_each_record_once() -> None:
+    assert fill_rows([3, 8, 5, 4], 8) == [[1], [2, 0], [3]]
+    assert fill_rows([9, 1], 8) == [[0], [1]]
+    lengths = np.random.default_rng(0).integers(1, 65, 300).tolist()
+    rows = fill_rows(lengths, 64)
+    assert sorted(index for row in rows for index in row) == list(range(300))
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    assert max(filled) <= 64
+    assert sum(filled) / (64 * len(rows)) > 0.95
+
+
+def test_layout() -> None:
+    first, second, third = items = examples([3, 2, 4])
+    batch = collate_packed(items, 5, 99, torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [
+        [*third.tokens.tolist(), 99],
+        [*first.tokens.tolist(), *second.tokens.tolist()],
+    ]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
+    no = IGNORED
+    (*_, c), (_, d), (_, x, y, z) = (item.tokens.tolist() for item in items)
+    assert batch["labels"].tolist() == [[no, x, y, z, no], [no, no, c, no, d]]
+
+
+class Leaking(transformers.LlamaForCausalLM):
+    """Does not read positions, as a model whose attention knows nothing of packing."""
+
+    def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: variant("recurrent_gemma"), "the recurrent scan and the convolution run along"),
+        (lambda: variant("t5"), "is an encoder-decoder"),
+        (lambda: Leaking(variant("llama").config), "computes two packed records otherwise"),
+    ],
+    ids=["recurrent_gemma", "t5", "leaking"],
+)
+def test_models_that_would_leak_are_refused(make: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        check_packing(make(), examples([9, 7]))
+    assert str(caught.value).endswith("Fix: --dataset.packing false")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon-rw", "mixtral"])
+def test_models_that_do_not_leak_are_taken(name: str, dtype: torch.dtype) -> None:
+    check_packing(variant(name).to(dtype), examples([9, 7]))
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> str:
+    """Prompts and answers of very different lengths."""
+    file = tmp_path / "uneven.jsonl"
+    rows = [{"prompt": "q" * (1 + i % 5), "completion": f"{i:0{1 + i % 31}}"} for i in range(48)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def trainer(config: FinetuneConfig) -> Trainer:
+    place = choose_place(config.run)
+    seed_everything(0)
+    model, tokenizer = prepare_model(config, place)
+    data = load_data(config, tokenizer)
+    values = (config, place, model, tokenizer, trainable_parameters(model), data)
+    return Trainer(*values, Path(config.output_dir or ""))
+
+
+@pytest.mark.parametrize("method", ["lora", "p-tuning", "sft"])
+def test_steps_do_not_depend_on_packing_or_accumulation(
+    make_config: Any, uneven: str, method: str
+) -> None:
+    """Gradients too: a step changes the weights, so that the second loss would tell."""
+    found = []
+    for packing, size, accumulation in (
+        (False, 8, 1),
+        (False, 2, 4),
+        (True, 8, 1),
+        (True, 2, 4),
+    ):
+        options = DatasetOptions(packing=packing, max_length=48, eval_fraction=0.25)
+        config = make_config(
+            method=method,
+            data=uneven,
+            batch_size=size,
+            accumulation=accumulation,
+            dataset=replace(options, split_by="prompt"),
+            prompt=PromptOptions(tokens=3, hidden=16),
+        )
+        config.adapter.dropout = 0.0
+        one = trainer(config)
+        rows = [one.step() for _ in range(3)]
+        found.append([(row["loss"], row["grad_norm"]) for row in rows])
+    for other in found[1:]:
+        torch.testing.assert_close(
+            torch.tensor(other), torch.tensor(found[0]), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_packed_run(make_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"steps": 8, "batch_size": 8, "accumulation": 1}
+    losses = []
+    for packing in (False, True):
+        config = make_config(**options, dataset=DatasetOptions(packing=packing))
+        config.output_dir += str(packing)
+        config.adapter.dropout = 0.0
+        losses.append(finetune(config).eval_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "8 steps of 8 records, packed, peak" in capsys.readouterr().out
