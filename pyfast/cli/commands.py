@@ -168,7 +168,8 @@ def convert(
     """Convert an adapter to safetensors, or a dense or bitsandbytes 4-bit model to dense weights.
 
     Args:
-        source: Adapter directory, adapter_model.bin, or model directory.
+        source: Adapter directory, adapter_model.bin, or model directory; ChatGLM 2 and 3 in their original
+            layout become the GLM that transformers has.
         output: Directory to write; it must not exist.
         dtype: Type of a model's dense weights; an adapter keeps its own.
         trust_pickle: Open a .bin adapter. It is a Python pickle; only tensors are read from it.
