@@ -16,7 +16,7 @@ try:
         load_adapter,
         save_adapter,
     )
-    from pyfast.integrations.quantizer import nf4_config
+    from pyfast.integrations.registries import nf4_config
     from pyfast.methods import (
         BottleneckConfig,
         IA3Config,

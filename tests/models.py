@@ -11,6 +11,9 @@ import torch
 import transformers
 from torch import nn
 
+import pyfast
+from pyfast.nn import NF4Linear
+
 VOCAB = 96
 
 
@@ -149,3 +152,38 @@ class FalconLikeLinear(nn.Linear):
 
     def forward(self, x):
         return x @ self.weight.T
+
+
+def nf4_and_dense(make, *, nested):
+    """A model in NF4, the same in dense weights, and the paths of the layers in NF4."""
+    model = make()
+    reference = twin(model)
+    pyfast.quantize(model, nested=nested)
+    quantised = [path for path, m in model.named_modules() if isinstance(m, NF4Linear)]
+    for path in quantised:
+        module = reference.get_submodule(path)
+        dense = model.get_submodule(path).nf4_weight().dense()
+        module.weight.data = dense if isinstance(module, nn.Linear) else dense.t().contiguous()
+    return model, reference, quantised
+
+
+def resumed_in_trainer(make, directory):
+    """Adapters after four steps of transformers' Trainer, those after a resume from the second, and the
+    losses; the first run is in `directory / "a"`."""
+    data = [{"input_ids": row, "labels": row} for row in torch.arange(3, 15).expand(16, 12)]
+
+    def run(name, resume=None):
+        arguments = transformers.TrainingArguments(
+            str(directory / name), max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-2,
+            per_device_train_batch_size=4, report_to=[], use_cpu=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = make()
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return pyfast.adapter_state_dict(model), losses
+
+    whole, losses = run("a")
+    resumed, _ = run("b", str(directory / "a" / "checkpoint-2"))
+    return whole, resumed, losses

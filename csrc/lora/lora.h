@@ -3,8 +3,8 @@
 //
 //   dz = s dy B      dx = dy W + dz A      dA = dz^T D(x)      dB = dy^T z
 //
-// with D the dropout of common/philox.h (dx with dropout is not here). Letters: M tokens, N out, K
-// in features, R rank; A [R, K], B [N, R].
+// with D the dropout of common/philox.h (in dx its mask and scale are dz A's). Letters: M tokens, N
+// out, K in features, R rank; A [R, K], B [N, R].
 #pragma once
 
 #include <cstdint>
@@ -67,7 +67,7 @@ std::string_view gemm_name(const Problem& problem, bool transposed, int device,
 std::vector<VariantInfo> variants(std::string_view op);
 
 // Enqueue everything; with w null only z, or dz, dA and dB. Return the name of what makes the
-// product with W, "... beside" where the low-rank product runs at the same time; empty without one.
+// product with W, empty without one.
 std::string_view forward(const Forward& params, const Placement& place);
 std::string_view backward(const Backward& params, const Placement& place);
 

@@ -100,7 +100,7 @@ struct MakingOperands : TwoPairs<Base> {
     // Q and the forward's z; between a tile's last product with them and the next tile what the
     // warp that adds up fetches.
     cute::array_aligned<ElementA, making_bytes(kRank) / 2> smem_q;
-    // Those of this tile of y and of the next.
+    // Masks of this tile of y and of the next.
     cute::array_aligned<std::uint8_t, kDrop == Drop::kInDx ? 2 * kMaskTileBytes : 16> smem_mask;
   };
 
@@ -135,7 +135,7 @@ struct MakingOperands : TwoPairs<Base> {
     float* db = nullptr;
     float* da = nullptr;
     int tiles_t = 0;  // kTilesT where parts of dA are wanted
-    int back = 0;
+    int back = 0;  // tiles of K from one stage of load_above to the next, and to the end (NOTES.md)
     int rows_at_once = 0;  // rows of tiles that the grid holds; so many sums are made side by side
     Mask mask;
     RowSums<ElementA, kTileM> row_sums;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bridges to transformers, PEFT and bitsandbytes; none of them is imported before it is needed."""
 
-from pyfast.integrations import bitsandbytes, quantizer, transformers
+from pyfast.integrations import bitsandbytes, registries, transformers
 from pyfast.integrations.accelerate import Report, accelerate
 from pyfast.integrations.peft import adapter_state_dict, save_adapter
 from pyfast.integrations.transformers import load_adapter
@@ -12,7 +12,7 @@ __all__ = [
     "adapter_state_dict",
     "bitsandbytes",
     "load_adapter",
-    "quantizer",
+    "registries",
     "save_adapter",
     "transformers",
 ]

@@ -6,7 +6,6 @@ import json
 import peft
 import pytest
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +15,7 @@ from pyfast.errors import AdapterMismatchError, ConfigError
 from pyfast.nn.ia3 import IA3Linear
 from tests.family_models import VARIANTS, batch, outputs, variant
 from tests.methods.test_ia3 import DENSE, scatter
-from tests.models import fingerprint, gpt2, llama, logits, plain, train
+from tests.models import fingerprint, gpt2, llama, logits, plain, resumed_in_trainer, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -150,21 +149,8 @@ def test_file_that_does_not_fit(tmp_path):
 
 
 def test_trainer_saves_and_resumes(tmp_path):
-    data = [{"input_ids": row, "labels": row} for row in torch.arange(3, 15).expand(16, 12)]
-
-    def run(directory, steps, resume=None):
-        arguments = transformers.TrainingArguments(
-            str(directory), max_steps=steps, save_steps=2, logging_steps=1, learning_rate=1e-2,
-            per_device_train_batch_size=4, report_to=[], use_cpu=True, lr_scheduler_type="constant",
-        )  # fmt: skip
-        model = pyfast.apply(gpt2(), IA3Config())
-        trainer = transformers.Trainer(model, arguments, train_dataset=data)
-        trainer.train(resume_from_checkpoint=resume)
-        return pyfast.adapter_state_dict(model), trainer.state.log_history
-
-    whole, history = run(tmp_path / "a", 4)
-    assert history[0]["loss"] > history[3]["loss"]
+    whole, resumed, losses = resumed_in_trainer(lambda: pyfast.apply(gpt2(), IA3Config()), tmp_path)
+    assert losses[0] > losses[3]
     saved = load_file(tmp_path / "a" / "checkpoint-4" / "adapter_model.safetensors")
     assert all(torch.equal(saved[key], whole[key]) for key in whole)
-    resumed, _ = run(tmp_path / "b", 4, str(tmp_path / "a" / "checkpoint-2"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -20,7 +19,7 @@ from pyfast.errors import (
 )
 from pyfast.nn.bottleneck import Bottlenecks
 from tests.family_models import VARIANTS, batch, outputs, variant
-from tests.models import fingerprint, gpt2, llama, logits, token_ids, train
+from tests.models import fingerprint, gpt2, llama, logits, resumed_in_trainer, token_ids, train
 
 MIXERS = ("self_attn", "attn", "self_attention", "attention", "temporal_block")
 MIXERS += ("SelfAttention", "EncDecAttention")
@@ -320,20 +319,8 @@ def test_file_of_another_form(tmp_path):
 
 
 def test_trainer_saves_and_resumes(tmp_path):
-    data = [{"input_ids": row, "labels": row} for row in torch.arange(3, 15).expand(16, 12)]
-
-    def run(directory, steps, resume=None):
-        arguments = transformers.TrainingArguments(
-            str(directory), max_steps=steps, save_steps=2, logging_steps=1, learning_rate=1e-2,
-            per_device_train_batch_size=4, report_to=[], use_cpu=True, lr_scheduler_type="constant",
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = pyfast.apply(gpt2(), BottleneckConfig(bottleneck_size=4))
-        trainer = transformers.Trainer(model, arguments, train_dataset=data)
-        trainer.train(resume_from_checkpoint=resume)
-        return pyfast.adapter_state_dict(model), trainer.state.log_history
-
-    whole, history = run(tmp_path / "a", 4)
-    assert history[0]["loss"] > history[3]["loss"]
-    resumed, _ = run(tmp_path / "b", 4, str(tmp_path / "a" / "checkpoint-2"))
+    whole, resumed, losses = resumed_in_trainer(
+        lambda: pyfast.apply(gpt2(), BottleneckConfig(bottleneck_size=4)), tmp_path
+    )
+    assert losses[0] > losses[3]
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)

@@ -12,12 +12,12 @@ import pyfast
 from pyfast import LoraConfig
 from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
 from pyfast.methods import lora
-from pyfast.nn import NF4Linear
 from tests.models import (
     fingerprint,
     gpt2,
     llama,
     logits,
+    nf4_and_dense,
     plain,
     token_ids,
     train,
@@ -171,14 +171,7 @@ def test_bf16_autocast_trains():
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("nested", [True, False])
 def test_nf4_base(make, nested):
-    model = make()
-    reference = twin(model)
-    pyfast.quantize(model, nested=nested)
-    quantised = [p for p, m in model.named_modules() if isinstance(m, NF4Linear)]
-    for path in quantised:
-        module = reference.get_submodule(path)
-        dense = model.get_submodule(path).nf4_weight().dense()
-        module.weight.data = dense if isinstance(module, nn.Linear) else dense.t().contiguous()
+    model, reference, quantised = nf4_and_dense(make, nested=nested)
     before = {path: model.get_submodule(path).weight.clone() for path in quantised}
     pyfast.apply(model, LoraConfig(**ALL))
     theirs = get_peft_model(reference, PeftConfig(fan_in_fan_out=make is gpt2, **ALL))

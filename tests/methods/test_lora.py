@@ -19,6 +19,7 @@ from tests.models import (
     gpt2,
     llama,
     logits,
+    nf4_and_dense,
     plain,
     randomise,
     token_ids,
@@ -190,15 +191,8 @@ def test_bf16_autocast_trains():
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("nested", [True, False])
 def test_qlora(make, nested):
-    model = make()
-    reference = twin(model)
-    pyfast.quantize(model, nested=nested)
-    quantised = [p for p, m in model.named_modules() if isinstance(m, NF4Linear)]
+    model, reference, quantised = nf4_and_dense(make, nested=nested)
     assert not any("lm_head" in path for path in quantised)
-    for path in quantised:
-        module = reference.get_submodule(path)
-        dense = model.get_submodule(path).nf4_weight().dense()
-        module.weight.data = dense if isinstance(module, nn.Linear) else dense.t().contiguous()
     assert torch.allclose(logits(model), logits(reference), atol=1e-5)
     bytes_before = {path: model.get_submodule(path).weight.clone() for path in quantised}
     config = {"target_modules": "all-linear", "lora_alpha": 16}
