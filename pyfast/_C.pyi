@@ -7,6 +7,7 @@ the CPU only. Kernel functions return the kernel's name, and raise ValueError fo
 serve and RuntimeError for CUDA errors.
 """
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 class BuildInfo(TypedDict):
@@ -61,6 +62,27 @@ def nf4_dequantize(
     dtype: int,
     first_block: int,
     numel: int,
+    blocksize: int,
+    threads: int,
+    stream: int,
+    variant: str = "",
+) -> str: ...
+def nf4_few_rows(
+    *,
+    device: int,
+    x: int,
+    pitch_x: int,
+    packed: int,
+    absmax: int,
+    nested_absmax: int,
+    offset: int,
+    bias: int,
+    y: int,
+    pitch_y: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: int,
     blocksize: int,
     threads: int,
     stream: int,
@@ -143,6 +165,54 @@ def lora_backward(
     /,
 ) -> str: ...
 def lora_workspace(device: int, m: int, n: int, k: int, r: int, /) -> int: ...
+def lora_group_forward(
+    device: int,
+    stream: int,
+    dtype: int,
+    adapter_dtype: int,
+    m: int,
+    k: int,
+    x: int,
+    pitch_x: int,
+    scale: float,
+    z: int,
+    pitch_z: int,
+    given: bool,
+    workspace: int,
+    counters: int,
+    members: Sequence[tuple[int, ...]],
+    /,
+) -> str: ...
+def lora_group_backward(
+    device: int,
+    stream: int,
+    dtype: int,
+    adapter_dtype: int,
+    m: int,
+    k: int,
+    x: int,
+    pitch_x: int,
+    scale: float,
+    z: int,
+    pitch_z: int,
+    given: bool,
+    workspace: int,
+    counters: int,
+    members: Sequence[tuple[int, ...]],
+    dz: int,
+    dx: int,
+    /,
+) -> str: ...
+def lora_group_workspace(
+    device: int, m: int, k: int, members: Sequence[tuple[int, int, int]], /
+) -> int: ...
+def lora_group_gemm_name(
+    device: int, m: int, k: int, members: Sequence[tuple[int, int, int]], transposed: bool, /
+) -> tuple[str, str]: ...
+def lora_group_makes(
+    device: int, m: int, k: int, members: Sequence[tuple[int, int, int]], transposed: bool, /
+) -> bool: ...
+def lora_makes(device: int, m: int, n: int, k: int, r: int, transposed: bool, /) -> bool: ...
 def lora_gemm_name(
     device: int, m: int, n: int, k: int, pitch_w: int, by_out: bool, transposed: bool, /
 ) -> tuple[str, str]: ...

@@ -3,9 +3,13 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <utility>
+#include <vector>
 
 #include "bindings/bindings.h"
+#include "common/check.h"
+#include "lora/group.h"
 
 namespace py = pybind11;
 
@@ -81,6 +85,75 @@ lora::Problem shape(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t
   return problem;
 }
 
+// n, r, the first column of z, w and its pitch, a, b; then bias, y, or dy and its pitch, da, db.
+using Member = std::array<Address, 11>;
+
+lora::Group group(int dtype, int adapter_dtype, std::int64_t m, std::int64_t k, Address x,
+                  std::int64_t pitch_x, float scale, Address z, std::int64_t pitch_z, bool given,
+                  Address workspace, Address counters, const std::vector<Member>& members) {
+  lora::Group group;
+  group.given = given;
+  group.dtype = static_cast<DType>(dtype);
+  group.adapter_dtype = static_cast<DType>(adapter_dtype);
+  group.m = m;
+  group.k = k;
+  group.x = pointer<const void>(x);
+  group.pitch_x = pitch_x;
+  group.scale = scale;
+  group.z = pointer<void>(z);
+  group.pitch_z = pitch_z;
+  group.workspace = pointer<void>(workspace);
+  group.counters = pointer<unsigned>(counters);
+  for (const Member& from : members) {
+    PYFAST_CHECK(group.count < lora::kMembers, "lora_group: at most ", lora::kMembers, " members");
+    lora::Member& to = group.members[group.count++];
+    const auto size = [&](int i) { return static_cast<std::int64_t>(from[i]); };
+    to.n = size(0), to.r = size(1), to.first = size(2);
+    to.w = pointer<const void>(from[3]), to.pitch_w = size(4);
+    to.a = pointer<const void>(from[5]), to.b = pointer<const void>(from[6]);
+    to.bias = to.dy = pointer<const void>(from[7]);
+    to.pitch_dy = size(8);
+    to.y = to.da = pointer<void>(from[9]);
+    to.db = pointer<void>(from[10]);
+  }
+  return group;
+}
+
+std::string_view group_forward(int device, Address stream, int dtype, int adapter_dtype,
+                               std::int64_t m, std::int64_t k, Address x, std::int64_t pitch_x,
+                               float scale, Address z, std::int64_t pitch_z, bool given,
+                               Address workspace, Address counters,
+                               const std::vector<Member>& members) {
+  return lora::group_forward(group(dtype, adapter_dtype, m, k, x, pitch_x, scale, z, pitch_z, given,
+                                   workspace, counters, members),
+                             {device, 1, pointer<void>(stream)});
+}
+
+std::string_view group_backward(int device, Address stream, int dtype, int adapter_dtype,
+                                std::int64_t m, std::int64_t k, Address x, std::int64_t pitch_x,
+                                float scale, Address z, std::int64_t pitch_z, bool given,
+                                Address workspace, Address counters,
+                                const std::vector<Member>& members, Address dz, Address dx) {
+  lora::Group all = group(dtype, adapter_dtype, m, k, x, pitch_x, scale, z, pitch_z, given,
+                          workspace, counters, members);
+  all.dz = pointer<void>(dz);
+  all.dx = pointer<void>(dx);
+  return lora::group_backward(all, {device, 1, pointer<void>(stream)});
+}
+
+// Members by n, r and the weight's pitch.
+lora::Group group_shape(std::int64_t m, std::int64_t k,
+                        const std::vector<std::array<std::int64_t, 3>>& members) {
+  lora::Group group;
+  group.m = m, group.k = k;
+  for (const auto& [n, r, pitch_w] : members) {
+    PYFAST_CHECK(group.count < lora::kMembers, "lora_group: at most ", lora::kMembers, " members");
+    lora::Member& to = group.members[group.count++];
+    to.n = n, to.r = r, to.pitch_w = pitch_w;
+  }
+  return group;
+}
+
 std::pair<std::string, std::string> gemm_name(int device, std::int64_t m, std::int64_t n,
                                               std::int64_t k, std::int64_t pitch_w, bool by_out,
                                               bool transposed) {
@@ -113,9 +186,12 @@ void gemm(int device, Address stream, int dtype, bool by_out, std::int64_t m, st
                       .n = static_cast<int>(n),
                       .k = static_cast<int>(k),
                       .r = static_cast<int>(r),
+                      .more = {},
                       .mask = {},
                       .making = {.q = pointer<const void>(q),
                                  .pitch_q = by_out ? k : pitch_r,
+                                 .r = static_cast<int>(r),
+                                 .z = pointer<void>(z),
                                  .partials = pointer<float>(workspace),
                                  .counters = pointer<unsigned>(counters)},
                       .side = {}};
@@ -133,6 +209,38 @@ void bind_lora(py::module_& m) {
         return lora::workspace(shape(rows, n, k, r), device);
       },
       "Bytes of workspace that both directions need.");
+  m.def("lora_group_forward", &group_forward, Unlocked(), "Enqueue z and all y.");
+  m.def("lora_group_backward", &group_backward, Unlocked(),
+        "Enqueue the gradients whose pointer is not 0, of the members that have a dy.");
+  m.def(
+      "lora_group_workspace",
+      [](int device, std::int64_t rows, std::int64_t k,
+         const std::vector<std::array<std::int64_t, 3>>& members) {
+        return lora::group_workspace(group_shape(rows, k, members), device);
+      },
+      "Bytes of workspace that both directions of a group need.");
+  m.def(
+      "lora_group_gemm_name",
+      [](int device, std::int64_t rows, std::int64_t k,
+         const std::vector<std::array<std::int64_t, 3>>& members, bool transposed) {
+        std::string reason;
+        const std::string_view name =
+            lora::group_gemm_name(group_shape(rows, k, members), transposed, device, &reason);
+        return std::pair(std::string(name), reason);
+      },
+      "The GEMM kernel of a group, or an empty name and why.");
+  m.def(
+      "lora_group_makes",
+      [](int device, std::int64_t rows, std::int64_t k,
+         const std::vector<std::array<std::int64_t, 3>>& members, bool transposed) {
+        return lora::group_makes(group_shape(rows, k, members), transposed, device);
+      },
+      "Whether the GEMM of a group makes Z, or all dz, itself.");
+  m.def(
+      "lora_makes",
+      [](int device, std::int64_t rows, std::int64_t n, std::int64_t k, std::int64_t r,
+         bool transposed) { return lora::makes(shape(rows, n, k, r), transposed, device); },
+      "Whether the GEMM of a direction makes z or dz itself, without dropout.");
   m.def("lora_gemm_name", &gemm_name, "The GEMM kernel for a shape, or an empty name and why.");
   m.def("lora_gemm", &gemm, Unlocked(), "One GEMM with a given plan; for measuring.");
   m.def("lora_allow_making", &lora::allow_making,

@@ -4,10 +4,10 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "common/launch.h"
 #include "common/philox.h"
 #include "lora/kernels.h"
 #include "lora/lora.h"
+#include "lora/steps.h"
 
 namespace pyfast::lora {
 namespace {
@@ -15,10 +15,6 @@ namespace {
 constexpr std::string_view kOp = "lora_linear";
 
 #ifdef PYFAST_CUDA
-
-// Where the counters of dB and dA begin, which may run at once; each needs one for 128 columns.
-// Those of z and dz, which run alone, begin at 0.
-constexpr int kCountersDb = kCounters / 8, kCountersDa = kCounters / 4;
 
 void check(const Problem& problem, const Placement& place) {
   constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 256;
@@ -34,76 +30,8 @@ void check(const Problem& problem, const Placement& place) {
   PYFAST_CHECK(problem.pitch_z % 8 == 0 && problem.pitch_z >= problem.r, kOp,
                ": pitch_z must be a multiple of 8 and at least ", problem.r, ", got ",
                problem.pitch_z);
-  check_pointer(kOp, "a", problem.a);
-  check_pointer(kOp, "b", problem.b);
   check_pointer(kOp, "workspace", problem.workspace);
   check_pointer(kOp, "counters", problem.counters);
-}
-
-bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
-std::int64_t round_up(std::int64_t value, std::int64_t to) { return ceil_div(value, to) * to; }
-
-// Carves the workspace.
-class Arena {
- public:
-  explicit Arena(void* base) : next_(static_cast<char*>(base)) {}
-  void* take(std::int64_t bytes) {
-    char* taken = next_;
-    next_ += round_up(bytes, 128);
-    return taken;
-  }
-
- private:
-  char* next_;
-};
-
-// A factor as a kernel takes it.
-struct Factor {
-  const void* data = nullptr;
-  std::int64_t pitch = 0;
-};
-
-// The factors as they are, or compute copies of them where the type, the pitch or the orientation
-// does not fit; the copies are made by one kernel ahead of the others.
-class Factors {
- public:
-  Factors(const Problem& problem, Arena& arena) : problem_(problem), arena_(arena) {}
-
-  // [rows, cols] or, transposed, [cols, rows].
-  Factor take(const void* from, std::int64_t rows, std::int64_t cols, bool transpose) {
-    const bool fits = problem_.adapter_dtype == problem_.dtype && cols % 8 == 0 && aligned(from);
-    if (!transpose && fits) return {from, cols};
-    PackArgs& pack = packs_[count_++];
-    pack.from = from;
-    pack.from_dtype = problem_.adapter_dtype;
-    pack.rows = static_cast<int>(rows);
-    pack.cols = static_cast<int>(cols);
-    pack.transpose = transpose;
-    pack.to_dtype = problem_.dtype;
-    pack.pitch = round_up(transpose ? rows : cols, 8);
-    pack.to = arena_.take((transpose ? cols : rows) * pack.pitch * 2);
-    return {pack.to, pack.pitch};
-  }
-
-  // The order in which the next kernel follows.
-  Order launch(void* stream) {
-    if (count_ == 0) return Order::kAlone;
-    launch_pack(packs_[0], packs_[1], stream);
-    return Order::kAfter;
-  }
-
- private:
-  const Problem& problem_;
-  Arena& arena_;
-  PackArgs packs_[2];
-  int count_ = 0;
-};
-
-const char* advance(const void* pointer, std::int64_t elements, DType dtype) {
-  return static_cast<const char*>(pointer) + elements * (dtype == DType::f32 ? 4 : 2);
-}
-char* advance(void* pointer, std::int64_t elements, DType dtype) {
-  return static_cast<char*>(pointer) + elements * (dtype == DType::f32 ? 4 : 2);
 }
 
 // The common part of the products that contract with, or give, R.
@@ -125,56 +53,19 @@ void add_dropout(const Problem& problem, SkinnyArgs* args) {
   args->scale *= keep_scale(problem.threshold);
 }
 
-void launch_products(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
-                     void* stream) {
-  auto* launch = first.args.dtype == DType::bf16 ? launch_skinny_bf16 : launch_skinny_f16;
-  launch(first, second, sm_count, stream);
-}
-
-// Launches the product for each part of at most kSkinnyRank ranks; the parts follow one another.
-void by_rank(SkinnyProduct product, std::int64_t rank, int sm_count, void* stream) {
-  constexpr std::int64_t kStep = kSkinnyRank;
-  SkinnyArgs& args = product.args;
-  for (std::int64_t at = 0; at < rank; at += kStep) {
-    args.rank = static_cast<int>(std::min(kStep, rank - at));
-    launch_products(product, nullptr, sm_count, stream);
-    product.order = Order::kAlone;
-    if (args.u != nullptr) {
-      args.u = advance(args.u, args.u_by_rank ? kStep * args.pitch_u : kStep, args.dtype);
-      args.p = advance(args.p, kStep, args.dtype);
-    } else {
-      args.v = advance(args.v, kStep, args.dtype);
-      args.q = advance(args.q, args.q_by_rank ? kStep * args.pitch_q : kStep, args.dtype_q);
-    }
-  }
-}
-
 // Bytes of partial sums that a skinny product needs at most.
 std::int64_t most_partials(const Problem& problem, int sm_count) {
-  std::int64_t most = 0;
-  const auto consider = [&](std::int64_t cols, bool rows, bool by_rank) {
-    SkinnyArgs args = skinny(problem, nullptr, 0, cols);
-    args.u = rows ? &args : nullptr;  // only whether it is null matters here
-    args.u_by_rank = by_rank;
-    // The last ranks may be served by a kernel that cuts T otherwise.
-    for (const std::int64_t rank :
-         {std::min<std::int64_t>(problem.r, kSkinnyRank), problem.r % kSkinnyRank}) {
-      if (rank == 0) continue;
-      args.rank = static_cast<int>(rank);
-      most = std::max(most, skinny_workspace(args, sm_count));
-    }
+  const auto of = [&](std::int64_t cols, Side side) {
+    return partials_of(problem.m, cols, problem.r, side, sm_count);
   };
-  consider(problem.k, true, true);
-  consider(problem.n, true, false);
-  consider(problem.n, false, false);
-  consider(problem.k, false, false);
-  return most;
+  return std::max({of(problem.k, Side::kRowsByRank), of(problem.n, Side::kRows),
+                   of(problem.n, Side::kColumns), of(problem.k, Side::kColumns)});
 }
 
 // Bytes of the regions for partial sums: of z and dz, a pass's or a GEMM's own, of dB and of dA.
 struct Partials {
   Partials(const Problem& problem, int sm_count)
-      : z(round_up(most_partials(problem, sm_count), 128)), db(z), da(z) {
+      : z(most_partials(problem, sm_count)), db(z), da(z) {
     const auto [m, n, k, r] = std::tuple(problem.m, problem.n, problem.k, problem.r);
     const MakingPlan forward = plan_making(m, n, k, r, false, sm_count);
     const MakingPlan backward = plan_making(m, k, n, r, false, sm_count);
@@ -210,42 +101,6 @@ GemmArgs gemm_args(const Problem& problem, bool transposed) {
   args.r = static_cast<int>(problem.r);
   args.pitch_y = args.n;
   return args;
-}
-
-void launch_gemm([[maybe_unused]] const GemmArgs& args, [[maybe_unused]] const GemmPlan& plan,
-                 [[maybe_unused]] int sm_count, [[maybe_unused]] bool early,
-                 [[maybe_unused]] void* stream) {
-#ifdef PYFAST_SM90
-  const bool bf16 = args.dtype == DType::bf16;
-  auto* launch = args.by_out ? (bf16 ? launch_gemm_sm90_bf16_tn : launch_gemm_sm90_f16_tn)
-                             : (bf16 ? launch_gemm_sm90_bf16_nn : launch_gemm_sm90_f16_nn);
-  launch(args, plan, sm_count, early, stream);
-#else
-  PYFAST_CHECK(false, kOp, ": this build has no kernels for sm_90a");
-#endif
-}
-
-// The GEMM, which makes z for itself where `making` says so; else z comes from the kernel before.
-std::string_view launch_product(const GemmArgs& args, const MakingPlan& making, int sm_count,
-                                void* stream) {
-  GemmPlan plan = plan_gemm(args.by_out, args.m, args.n, args.k);
-  if (args.mask.seed != nullptr) plan.kernel = kGemmMasked;
-  if (making.columns == 0) {
-    launch_gemm(args, plan, sm_count, true, stream);
-    return kGemmNames[plan.kernel];
-  }
-  GemmArgs first = args, rest = args;
-  first.n = static_cast<int>(making.columns);
-  launch_gemm(first, making.gemm, sm_count, false, stream);
-  rest.n -= first.n;
-  if (rest.n > 0) {
-    rest.w = advance(args.w, first.n * (args.by_out ? args.pitch_w : 1), args.dtype);
-    rest.b = advance(args.b, first.n * (args.by_out ? args.pitch_b : 1), args.dtype);
-    rest.y = advance(args.y, first.n, args.dtype);
-    if (args.bias != nullptr) rest.bias = advance(args.bias, first.n, args.dtype);
-    launch_gemm(rest, plan, sm_count, true, stream);
-  }
-  return kGemmNames[making.gemm.kernel];
 }
 
 // dB and dA of what a GEMM has made of them.
@@ -290,28 +145,21 @@ std::int64_t workspace(const Problem& problem, int device) {
 
 std::string_view gemm_name(const Problem& problem, bool transposed, int device,
                            std::string* reason) {
-  const int sm = cuda_device(device).sm;
-#ifdef PYFAST_SM90
-  constexpr bool kBuilt = true;
-#else
-  constexpr bool kBuilt = false;
-#endif
-  if (!kBuilt) {
-    *reason = "this build has no kernels for sm_90a";
-  } else if (sm / 10 != 9) {
-    *reason = concat("the sm90 kernels need compute capability 9.0, device ", device, " has ",
-                     sm / 10, ".", sm % 10);
-  } else if (problem.n % 8 != 0 || problem.k % 8 != 0 || problem.pitch_w % 8 != 0) {
-    *reason = concat("in and out features and the weight's pitch must be multiples of 8, got ",
-                     problem.k, ", ", problem.n, " and ", problem.pitch_w);
-  } else {
-    const GemmPlan plan = transposed ? plan_gemm(!problem.by_out, problem.m, problem.k, problem.n)
-                                     : plan_gemm(problem.by_out, problem.m, problem.n, problem.k);
-    if (plan.kernel >= 0) return kGemmNames[plan.kernel];
-    *reason = concat("torch's GEMM is faster for ", problem.m, " rows, ", problem.k, " to ",
-                     problem.n, " features");
-  }
+  *reason = missing_gemm(device, problem.n, problem.k, problem.pitch_w);
+  if (!reason->empty()) return {};
+  const GemmPlan plan = transposed ? plan_gemm(!problem.by_out, problem.m, problem.k, problem.n)
+                                   : plan_gemm(problem.by_out, problem.m, problem.n, problem.k);
+  if (plan.kernel >= 0) return kGemmNames[plan.kernel];
+  *reason = concat("torch's GEMM is faster for ", problem.m, " rows, ", problem.k, " to ",
+                   problem.n, " features");
   return {};
+}
+
+bool makes(const Problem& problem, bool transposed, int device) {
+  const auto [n, k] =
+      transposed ? std::pair(problem.k, problem.n) : std::pair(problem.n, problem.k);
+  const int sm_count = cuda_device(device).sm_count;
+  return plan_making(problem.m, n, k, problem.r, false, sm_count).columns > 0;
 }
 
 void gemm(const GemmArgs& args, const GemmPlan& plan, const Placement& place) {
@@ -321,7 +169,9 @@ void gemm(const GemmArgs& args, const GemmPlan& plan, const Placement& place) {
 
 std::string_view forward(const Forward& params, const Placement& place) {
   check(params, place);
+  check_pointer(kOp, "b", params.b);
   check_pointer(kOp, "z", params.z);
+  const bool given = params.a == nullptr;
   const DeviceGuard guard(place.device);
   const int sm_count = cuda_device(place.device).sm_count;
   Arena arena(params.workspace);
@@ -329,21 +179,23 @@ std::string_view forward(const Forward& params, const Placement& place) {
 
   GemmArgs gemm = gemm_args(params, false);
   MakingPlan making;  // where the GEMM makes z
-  if (params.w != nullptr) making = plan_making_of(params, gemm, sm_count);
+  if (params.w != nullptr && !given) making = plan_making_of(params, gemm, sm_count);
   const bool makes = making.columns > 0;
-  Factors factors(params, arena);
-  const Factor a = factors.take(params.a, params.r, params.k, makes && !params.by_out);
-  Factor b;
+  Factors factors(params.dtype, params.adapter_dtype, arena);
+  Factor a, b;
+  if (!given) a = factors.take(params.a, params.r, params.k, makes && !params.by_out);
   if (params.w != nullptr) b = factors.take(params.b, params.n, params.r, !params.by_out);
   const Order order = factors.launch(place.stream);
 
   if (makes) {
-    gemm.making = {a.data, a.pitch, params.scale, static_cast<float*>(partials), params.counters};
+    gemm.making = {a.data,         a.pitch,      gemm.r,
+                   params.z,       params.scale, static_cast<float*>(partials),
+                   params.counters};
     if (params.seed != nullptr) {
       gemm.mask = {params.seed, params.threshold, 1.0F};
       gemm.making.scale *= keep_scale(params.threshold);
     }
-  } else {
+  } else if (!given) {
     SkinnyArgs z = skinny(params, params.x, params.pitch_x, params.k);
     z.scale = params.scale;
     z.u = a.data;
@@ -366,7 +218,9 @@ std::string_view forward(const Forward& params, const Placement& place) {
 
 std::string_view backward(const Backward& params, const Placement& place) {
   check(params, place);
+  check_pointer(kOp, "a", params.a);
   check_pointer(kOp, "dz", params.dz);
+  const bool given = params.b == nullptr;
   const DeviceGuard guard(place.device);
   const int sm_count = cuda_device(place.device).sm_count;
   const bool want_dz = params.dx != nullptr || params.da != nullptr;
@@ -383,11 +237,13 @@ std::string_view backward(const Backward& params, const Placement& place) {
     gemm.mask = {params.seed, params.threshold, keep_scale(params.threshold)};
   }
   MakingPlan making;  // where the GEMM makes dz
-  if (gemm_runs) making = plan_making_of(params, gemm, sm_count);
+  if (gemm_runs && !given) making = plan_making_of(params, gemm, sm_count);
   const bool makes = making.columns > 0;
-  Factors factors(params, arena);
+  Factors factors(params.dtype, params.adapter_dtype, arena);
   Factor a, b;
-  if (want_dz) b = factors.take(params.b, params.n, params.r, makes && !params.by_out);
+  if (want_dz && !given) {
+    b = factors.take(params.b, params.n, params.r, makes && !params.by_out);
+  }
   if (gemm_runs) a = factors.take(params.a, params.r, params.k, !params.by_out);
   Order order = factors.launch(place.stream);
 
@@ -422,17 +278,18 @@ std::string_view backward(const Backward& params, const Placement& place) {
     gemm.b = a.data, gemm.pitch_b = a.pitch;
     gemm.y = params.dx;
     if (makes) {
-      gemm.making = {b.data, b.pitch, params.scale, dz.partials, params.counters};
+      gemm.making = {b.data,       b.pitch,     gemm.r,         params.dz,
+                     params.scale, dz.partials, params.counters};
       if (side) {
         gemm.side = {params.z, params.pitch_z, params.db != nullptr ? db.partials : nullptr,
                      params.x, params.pitch_x, params.da != nullptr ? da.partials : nullptr};
       }
-    } else {
+    } else if (!given) {
       by_rank({dz, order}, params.r, sm_count, place.stream);
     }
     name = launch_product(gemm, making, sm_count, place.stream);
     order = Order::kBeside;  // on SMs that the GEMM leaves free
-  } else if (want_dz) {
+  } else if (want_dz && !given) {
     by_rank({dz, order}, params.r, sm_count, place.stream);
     order = Order::kAlone;
   }

@@ -16,10 +16,14 @@ struct Mask {
   float scale = 1.0F;  // of what is kept
 };
 
-// With Q, stored like W and B, a GEMM makes z itself: z = scale x Q^T.
+// With Q, stored like W and B, a GEMM makes Z = scale x Q^T itself, of which its z is all or a
+// part. Where there are more pairs of x and W, Q goes on for each at the next multiple of
+// kPairStep.
 struct Making {
   const void* q = nullptr;
   std::int64_t pitch_q = 0;
+  int r = 0;          // columns of Z
+  void* z = nullptr;  // Z, with the pitch of z
   float scale = 1.0F;
   float* partials = nullptr;     // making_workspace() bytes
   unsigned* counters = nullptr;  // two for 128 rows, zero before and after
@@ -37,6 +41,15 @@ struct SideParts {
 };
 inline constexpr int kSideRank = 16;
 
+// Further operands of y: x W^T, with W stored as the first.
+struct Pair {
+  const void* x = nullptr;
+  const void* w = nullptr;
+  std::int64_t pitch_x = 0, pitch_w = 0;
+  int k = 0;  // 0: there is none
+};
+inline constexpr int kMorePairs = 2, kPairStep = 64;
+
 // y[M, N] = x[M, K] W^T + z[M, R] B^T + bias[N], all of one 2-byte type, sums in float32. W and B
 // are stored by out feature ([N, K], [N, R]) or by in feature ([K, N], [R, N]), both the same way.
 // Pitches in elements, multiples of 8; pointers on 16 bytes. R = 0 leaves z and B out.
@@ -51,6 +64,7 @@ struct GemmArgs {
   void* y = nullptr;
   std::int64_t pitch_x = 0, pitch_w = 0, pitch_z = 0, pitch_b = 0, pitch_y = 0;
   int m = 0, n = 0, k = 0, r = 0;
+  Pair more[kMorePairs];
   Mask mask;       // of z B^T, or of x where z is made of it; needs a plan with a kernel for it
   Making making;   // the same
   SideParts side;  // needs kGemmMaking16
@@ -93,9 +107,7 @@ MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
 void allow_making(bool allowed);
 bool making_allowed();
 std::int64_t making_workspace(std::int64_t m, std::int64_t r);
-constexpr int making_width(std::int64_t r) {
-  return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;
-}
+constexpr int making_width(std::int64_t r) { return static_cast<int>((r + 15) / 16 * 16); }
 // Blocks of a row of tiles that make its z.
 inline constexpr int kMakers = 8;
 

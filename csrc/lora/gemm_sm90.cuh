@@ -117,6 +117,7 @@ struct GemmSm90 {
     };
     const auto steps = [](int size) { return (size + Mainloop::kTileK - 1) / Mainloop::kTileK; };
     int tiles_k = steps(args.k) + steps(args.r);
+    for (const Pair& pair : args.more) tiles_k += steps(pair.k);
     if constexpr (kMakingRank > 0) {
       if (args.side.da != nullptr) tiles_k += Mainloop::kTilesT;
     }
@@ -125,12 +126,19 @@ struct GemmSm90 {
     typename Kernel::Arguments arguments{};
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     arguments.problem_shape = {args.m, args.n, extended, 1};
-    arguments.mainloop.main = {static_cast<const Element*>(args.x),
-                               StrideX{args.pitch_x, cute::Int<1>{}, std::int64_t{0}},
-                               static_cast<const Element*>(args.w), pitch_w(args.pitch_w)};
-    arguments.mainloop.low_rank = {static_cast<const Element*>(args.z),
-                                   StrideX{args.pitch_z, cute::Int<1>{}, std::int64_t{0}},
-                                   static_cast<const Element*>(args.b), pitch_w(args.pitch_b)};
+    const auto operands = [&](const void* x, std::int64_t pitch_x, const void* w,
+                              std::int64_t pitch) {
+      return typename Stock::Arguments{static_cast<const Element*>(x),
+                                       StrideX{pitch_x, cute::Int<1>{}, std::int64_t{0}},
+                                       static_cast<const Element*>(w), pitch_w(pitch)};
+    };
+    arguments.mainloop.main = operands(args.x, args.pitch_x, args.w, args.pitch_w);
+    arguments.mainloop.low_rank = operands(args.z, args.pitch_z, args.b, args.pitch_b);
+    for (int i = 0; i < kMorePairs; ++i) {
+      const Pair& pair = args.more[i];
+      arguments.mainloop.more[i] = operands(pair.x, pair.pitch_x, pair.w, pair.pitch_w);
+      arguments.mainloop.more_k[i] = pair.k;
+    }
     arguments.mainloop.k = args.k;
     arguments.mainloop.r = args.r;
     arguments.mainloop.wait_for_low_rank = early;
@@ -146,7 +154,6 @@ struct GemmSm90 {
       arguments.mainloop.making = args.making;
       arguments.mainloop.side = args.side;
       arguments.mainloop.rows_at_once = side_part_rows(plan);
-      arguments.mainloop.z = args.z;
       arguments.mainloop.pitch_z = args.pitch_z;
     }
     arguments.epilogue.thread.alpha = 1.0F;

@@ -31,17 +31,23 @@ void launch_skinny_bf16(const SkinnyProduct& first, const SkinnyProduct* second,
 void launch_skinny_f16(const SkinnyProduct& first, const SkinnyProduct* second, int sm_count,
                        void* stream);
 
-// Copies a matrix into a pitch, a type and an orientation that the kernels take.
+// Copies a matrix into a pitch, a type and an orientation that the kernels take, zeros around it.
 struct PackArgs {
   const void* from = nullptr;  // [rows, cols], contiguous
   DType from_dtype = DType::f32;
   int rows = 0, cols = 0;
   bool transpose = false;
-  void* to = nullptr;  // [rows, pitch], or [cols, pitch] transposed; what is beyond is zero
+  void* to = nullptr;  // [lines, pitch]
   DType to_dtype = DType::bf16;
+  int lines = 0;
+  int before = 0;  // columns ahead of the copy
   std::int64_t pitch = 0;
 };
-void launch_pack(const PackArgs& first, const PackArgs& second, void* stream);
+struct Packs {
+  PackArgs args[6];
+  int count = 0;
+};
+void launch_pack(const Packs& packs, void* stream);
 
 // Adds up what a GEMM has made as SideParts; without parts there is nothing to do.
 struct SideSum {

@@ -66,8 +66,12 @@ std::string_view gemm_name(const Problem& problem, bool transposed, int device,
 
 std::vector<VariantInfo> variants(std::string_view op);
 
-// Enqueue everything; with w null only z, or dz, dA and dB. Return the name of what makes the
-// product with W, empty without one.
+// Whether the GEMM of a direction makes its z or dz itself, without dropout.
+bool makes(const Problem& problem, bool transposed, int device);
+
+// Enqueue everything; with w null only z, or dz, dA and dB. A forward without a, and a backward
+// without b, finds z or dz in its place. Return the name of what makes the product with W, empty
+// without one.
 std::string_view forward(const Forward& params, const Placement& place);
 std::string_view backward(const Backward& params, const Placement& place);
 

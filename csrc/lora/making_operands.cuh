@@ -109,7 +109,6 @@ struct MakingOperands : TwoPairs<Base> {
     SideParts side;
     Mask mask;
     int rows_at_once = 0;
-    void* z = nullptr;
     std::int64_t pitch_z = 0;
   };
 
@@ -140,7 +139,8 @@ struct MakingOperands : TwoPairs<Base> {
     Mask mask;
     RowSums<ElementA, kTileM> row_sums;
     unsigned* counters = nullptr;
-    int m = 0, n = 0, k = 0, r = 0;
+    int m = 0, n = 0;
+    int k = 0, r = 0;  // of Q
     int tiles_n = 0;
     typename Scheduler::Params scheduler;  // a copy of the kernel's
   };
@@ -165,15 +165,18 @@ struct MakingOperands : TwoPairs<Base> {
     const auto& side = args.side;
     // What is not wanted gets the address of something else, and is not read.
     const bool db = side.db != nullptr, da = side.da != nullptr;
-    const auto v = tensor(db ? side.z : args.z, args.r, m,
+    const auto v = tensor(db ? side.z : args.making.z, args.r, m,
                           typename Params::ByColumn{_1{}, db ? side.pitch_z : args.pitch_z});
-    const auto t = tensor(da ? side.x : args.z, m, da ? n : args.r,
+    const auto t = tensor(da ? side.x : args.making.z, m, da ? n : args.r,
                           typename Params::Pitched{da ? side.pitch_x : args.pitch_z, _1{}});
     Params params;
     static_cast<typename Pairs::Params&>(params) =
         Pairs::to_underlying_arguments(shape, args, workspace);
-    params.load_q = make_tma_copy(SM90_TMA_LOAD{}, tensor(args.making.q, args.r, args.k, stride_q),
-                                  LayoutQ{}, TileQ{}, _1{});
+    params.k = params.main_tiles > params.first_tiles ? params.main_tiles * kTileK : args.k;
+    params.r = args.making.r;
+    params.load_q =
+        make_tma_copy(SM90_TMA_LOAD{}, tensor(args.making.q, params.r, params.k, stride_q),
+                      LayoutQ{}, TileQ{}, _1{});
     params.load_v = make_tma_copy(SM90_TMA_LOAD{}, v, LayoutV{}, TileV{}, _1{});
     params.load_t = make_tma_copy(SM90_TMA_LOAD{}, t, LayoutT{}, TileT{}, _1{});
     params.db = side.db;
@@ -181,15 +184,14 @@ struct MakingOperands : TwoPairs<Base> {
     params.tiles_t = da ? kTilesT : 0;
     params.back = std::min(params.main_tiles / 12, 5);
     params.rows_at_once = args.rows_at_once;
-    params.row_sums = {args.making.partials, static_cast<ElementA*>(args.z), args.pitch_z,
-                       args.making.scale,    making_width(args.r),           m,
-                       (args.r + 7) / 8 * 8};
+    params.row_sums = {args.making.partials,   static_cast<ElementA*>(args.making.z),
+                       args.pitch_z,           args.making.scale,
+                       making_width(params.r), m,
+                       (params.r + 7) / 8 * 8};
     params.mask = args.mask;
     params.counters = args.making.counters;
     params.m = m;
     params.n = n;
-    params.k = args.k;
-    params.r = args.r;
     params.tiles_n = (n + kTileN - 1) / kTileN;
     return params;
   }
@@ -246,6 +248,15 @@ struct MakingOperands : TwoPairs<Base> {
   }
 
  private:
+  // Where a tile of K lies: in which pair, and which of its tiles it is.
+  CUTLASS_DEVICE static cute::tuple<const typename Base::Params*, int> pair_of(const Params& params,
+                                                                               int tile) {
+    if (tile < params.first_tiles) return {&params, tile};
+    tile -= params.first_tiles;
+    if (tile < params.more_tiles[0]) return {&params.more[0], tile};
+    return {&params.more[1], tile - params.more_tiles[0]};
+  }
+
   template <class Inputs, class Coord>
   CUTLASS_DEVICE static void load_main(const Params& params, MainloopPipeline& pipeline,
                                        PipelineState state, const Inputs& inputs,
@@ -289,8 +300,9 @@ struct MakingOperands : TwoPairs<Base> {
         }
         next = next < walk.last ? next + kStride : -1;
       }
-      copy(params.tma_load_a.with(*barrier), from_a(_, _, _, k), to_a(_, _, _, state.index()));
-      copy(params.tma_load_b.with(*barrier, kBoth), from_b(_, _, _, k),
+      const auto [pair, at] = pair_of(params, k);
+      copy(pair->tma_load_a.with(*barrier), from_a(_, _, _, at), to_a(_, _, _, state.index()));
+      copy(pair->tma_load_b.with(*barrier, kBoth), from_b(_, _, _, at),
            to_b(_, _, _, state.index()));
       k = k + 1 < params.main_tiles ? k + 1 : 0;
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compute copies of the LoRA factors: a few hundred KiB, so that launches decide; both in one.
+// Compute copies of the LoRA factors: a few hundred KiB, so that launches decide; all in one.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -24,16 +24,20 @@ __device__ float load(const void* from, DType dtype, std::int64_t at) {
   }
 }
 
-__device__ void pack(const PackArgs& args) {
-  const std::int64_t lines = args.transpose ? args.cols : args.rows;
-  const int filled = args.transpose ? args.rows : args.cols;
-  const std::int64_t count = lines * args.pitch;
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Packs packs) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // they wait for the end of this grid
+#endif
+  const PackArgs& args = packs.args[blockIdx.y];
+  const int rows = args.transpose ? args.cols : args.rows;
+  const int cols = args.transpose ? args.rows : args.cols;
+  const std::int64_t count = args.lines * args.pitch;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += step) {
-    const std::int64_t line = i / args.pitch, at = i % args.pitch;
+    const std::int64_t line = i / args.pitch, at = i % args.pitch - args.before;
     float value = 0;
-    if (at < filled) {
+    if (line < rows && at >= 0 && at < cols) {
       value = load(args.from, args.from_dtype,
                    args.transpose ? at * args.cols + line : line * args.cols + at);
     }
@@ -45,26 +49,18 @@ __device__ void pack(const PackArgs& args) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    pack_kernel(const PackArgs first, const PackArgs second) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // they wait for the end of this grid
-#endif
-  pack(blockIdx.y == 0 ? first : second);
-}
-
 }  // namespace
 
-void launch_pack(const PackArgs& first, const PackArgs& second, void* stream) {
-  const auto count = [](const PackArgs& args) {
-    return (args.transpose ? args.cols : args.rows) * args.pitch;
-  };
-  const std::int64_t most = std::max(count(first), count(second));
+void launch_pack(const Packs& packs, void* stream) {
+  std::int64_t most = 0;
+  for (int i = 0; i < packs.count; ++i) {
+    most = std::max(most, packs.args[i].lines * packs.args[i].pitch);
+  }
   if (most == 0) return;
   const auto blocks =
       static_cast<unsigned>(std::clamp<std::int64_t>(most / (kThreads * 4), 1, 512));
-  pack_kernel<<<dim3(blocks, second.from == nullptr ? 1 : 2), kThreads, 0,
-                static_cast<cudaStream_t>(stream)>>>(first, second);
+  pack_kernel<<<dim3(blocks, static_cast<unsigned>(packs.count)), kThreads, 0,
+                static_cast<cudaStream_t>(stream)>>>(packs);
   CUDA_CHECK("lora_linear", cudaGetLastError());
 }
 

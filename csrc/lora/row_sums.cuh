@@ -21,7 +21,7 @@ struct RowSums {
   Element* z = nullptr;
   std::int64_t pitch_z = 0;
   float scale = 1.0F;
-  int width = 0;  // columns of a part: the rank rounded up to a power of two
+  int width = 0;  // columns of a part: the rank rounded up to a multiple of 16
   int m = 0;
   int columns = 0;  // of z that are stored
 

@@ -291,19 +291,19 @@ __device__ __forceinline__ void load_cols(std::uint32_t (&a)[kColSteps][4], std:
 // Stores the columns product's sums for the 16 columns from `col` on.
 template <class T, int kTiles>
 __device__ __forceinline__ void store_cols(const float (&q)[kTiles][4], int col, int cols,
-                                           int ranks, float scale, void* out, std::int64_t pitch,
-                                           DType dtype, bool by_rank) {
+                                           const SkinnyArgs::Part& part, float scale,
+                                           std::int64_t pitch, DType dtype, bool by_rank) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kTiles * 4; ++i) {
     const int at_col = col + lane / 4 + i % 4 / 2 * 8;
-    const int rank = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (at_col < cols && rank < ranks) {
+    const int rank = i / 4 * 8 + lane % 4 * 2 + i % 2 - part.first;
+    if (at_col < cols && rank >= 0 && rank < part.ranks) {
       const std::int64_t at = by_rank ? rank * pitch + at_col : at_col * pitch + rank;
       if (dtype == DType::f32) {
-        static_cast<float*>(out)[at] = q[i / 4][i % 4] * scale;
+        static_cast<float*>(part.q)[at] = q[i / 4][i % 4] * scale;
       } else {
-        narrow(q[i / 4][i % 4] * scale, static_cast<T*>(out) + at);
+        narrow(q[i / 4][i % 4] * scale, static_cast<T*>(part.q) + at);
       }
     }
   }
@@ -490,8 +490,12 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   float* partials =
       args.partials + static_cast<std::int64_t>(slab) * grid.bands * kTiles * 4 * kSkinnyThreads;
   if (reduce(sums, band, grid.bands, partials, args.counters + slab)) {
-    store_cols<T>(q, col + warp * 16, args.cols, args.rank, args.scale, args.q, args.pitch_q,
-                  args.dtype_q, args.q_by_rank);
+    const SkinnyArgs& out = is_first ? first_job.args : second_job.args;
+    for (int i = 0; i < max(out.part_count, 1); ++i) {
+      const auto part = out.part_count > 0 ? out.parts[i] : SkinnyArgs::Part{out.q, 0, out.rank};
+      store_cols<T>(q, col + warp * 16, out.cols, part, out.scale, out.pitch_q, out.dtype_q,
+                    out.q_by_rank);
+    }
   }
   end(order);
 }

@@ -33,6 +33,12 @@ struct SkinnyArgs {
   std::int64_t pitch_q = 0;
   DType dtype_q = DType::bf16;
   bool q_by_rank = false;  // Q is stored [rank, cols]
+  // Where there are parts, Q is several matrices: each of so many ranks, from `first` on.
+  struct Part {
+    void* q = nullptr;
+    int first = 0, ranks = 0;
+  } parts[3];
+  int part_count = 0;
 
   const std::int64_t* seed = nullptr;  // seed and offset; null: no dropout
   std::uint32_t threshold = 0;         // 16 bits below it: dropped

@@ -3,9 +3,10 @@
 //
 // CUTLASS's sm90 collective (TMA, warp-specialised) does the work. TwoPairs gives it a second pair
 // of operands: its producer loads ceil(K / 64) tiles of x and W, then ceil(R / 64) of z and B into
-// the same stages. TMA fills what lies outside a matrix with zeros and still counts its bytes, so
-// ragged K, R, M and N need no code. The consumer multiplies of the last tile only the steps of 16
-// ranks that there are: at rank 16 a quarter of a tile.
+// the same stages. x and W may themselves be several pairs, one after the other. TMA fills what
+// lies outside a matrix with zeros and still counts its bytes, so ragged K, R, M and N need no
+// code. The consumer multiplies of the last tile only the steps of 16 ranks that there are: at rank
+// 16 a quarter of a tile.
 //
 // MaskedTwoPairs is for dx with dropout, dx = dy W + mask * (dz A) / (1 - p): the low-rank tiles
 // come first, the mask is drawn and applied to the sums in registers, and the main tiles are added.
@@ -34,14 +35,18 @@ struct TwoPairs : Base {
 
   struct Arguments {
     typename Base::Arguments main;
+    typename Base::Arguments more[kMorePairs];
     typename Base::Arguments low_rank;
     int k = 0;
+    int more_k[kMorePairs] = {};
     int r = 0;
     bool wait_for_low_rank = false;  // z comes from the kernel before, which may still run
   };
   struct Params : Base::Params {
+    typename Base::Params more[kMorePairs];
     typename Base::Params low_rank;
-    int main_tiles = 0;
+    int first_tiles = 0, more_tiles[kMorePairs] = {};
+    int main_tiles = 0;      // of all pairs
     int low_rank_steps = 0;  // of 16 ranks
     bool wait_for_low_rank = false;
   };
@@ -49,16 +54,23 @@ struct TwoPairs : Base {
   template <class Shape>
   static Params to_underlying_arguments(const Shape& shape, const Arguments& args,
                                         void* workspace) {
-    auto main_shape = cute::append<4>(shape, 1), low_shape = main_shape;
-    cute::get<2>(main_shape) = args.k;
-    cute::get<2>(low_shape) = args.r;
+    static_assert(kTileK == kPairStep);
     Params params;
-    static_cast<typename Base::Params&>(params) =
-        Base::to_underlying_arguments(main_shape, args.main, workspace);
-    params.low_rank = args.r > 0
-                          ? Base::to_underlying_arguments(low_shape, args.low_rank, workspace)
-                          : static_cast<const typename Base::Params&>(params);
-    params.main_tiles = (args.k + kTileK - 1) / kTileK;
+    const auto of = [&](int k, const typename Base::Arguments& operands) {
+      auto its_shape = cute::append<4>(shape, 1);
+      cute::get<2>(its_shape) = k;
+      return Base::to_underlying_arguments(its_shape, operands, workspace);
+    };
+    const auto tiles = [](int k) { return (k + kTileK - 1) / kTileK; };
+    auto& first = static_cast<typename Base::Params&>(params);
+    first = of(args.k, args.main);
+    params.first_tiles = params.main_tiles = tiles(args.k);
+    for (int i = 0; i < kMorePairs; ++i) {
+      params.more[i] = args.more_k[i] > 0 ? of(args.more_k[i], args.more[i]) : first;
+      params.more_tiles[i] = tiles(args.more_k[i]);
+      params.main_tiles += params.more_tiles[i];
+    }
+    params.low_rank = args.r > 0 ? of(args.r, args.low_rank) : first;
     params.low_rank_steps = (args.r + 15) / 16;
     params.wait_for_low_rank = args.wait_for_low_rank;
     return params;
@@ -73,13 +85,11 @@ struct TwoPairs : Base {
   CUTLASS_DEVICE void load(const Params& params, MainloopPipeline pipeline, PipelineState state,
                            const Inputs& inputs, const Coord& coord, Iterator tiles, int count,
                            int thread, uint32_t rank, TensorStorage& storage) {
-    const int main = cute::min(count, params.main_tiles);
-    Base::load(params, pipeline, state, inputs, coord, tiles, main, thread, rank, storage);
-    if (count == main) return;
+    load_mains(params, pipeline, state, inputs, coord, tiles, thread, rank, storage);
+    if (count == params.main_tiles) return;
     wait_for_low_rank(params);
-    state.advance(main);
-    Base::load(params.low_rank, pipeline, state, inputs, coord, tiles, count - main, thread, rank,
-               storage);
+    Base::load(params.low_rank, pipeline, state, inputs, coord, tiles, count - params.main_tiles,
+               thread, rank, storage);
   }
 
   template <class Accumulator>
@@ -99,6 +109,24 @@ struct TwoPairs : Base {
   }
 
  protected:
+  // The producer, for the main tiles of all pairs.
+  template <class Inputs, class Coord, class Iterator>
+  CUTLASS_DEVICE void load_mains(const Params& params, MainloopPipeline& pipeline,
+                                 PipelineState& state, const Inputs& inputs, const Coord& coord,
+                                 Iterator tiles, int thread, uint32_t rank,
+                                 TensorStorage& storage) {
+    Base::load(params, pipeline, state, inputs, coord, tiles, params.first_tiles, thread, rank,
+               storage);
+    state.advance(params.first_tiles);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kMorePairs; ++i) {
+      if (params.more_tiles[i] == 0) continue;
+      Base::load(params.more[i], pipeline, state, inputs, coord, tiles, params.more_tiles[i],
+                 thread, rank, storage);
+      state.advance(params.more_tiles[i]);
+    }
+  }
+
   // The producer, before it reads what the kernel before made. From here on the grid after this one
   // may start, on SMs that this one leaves: it is either made to run beside, or waits.
   CUTLASS_DEVICE static void wait_for_low_rank(const Params& params) {
@@ -187,8 +215,7 @@ struct MaskedTwoPairs : TwoPairs<Base> {
     this->wait_for_low_rank(params);
     Base::load(params.low_rank, pipeline, state, inputs, coord, tiles, low, thread, rank, storage);
     state.advance(low);
-    Base::load(params, pipeline, state, inputs, coord, tiles, params.main_tiles, thread, rank,
-               storage);
+    this->load_mains(params, pipeline, state, inputs, coord, tiles, thread, rank, storage);
   }
 
   template <class Accumulator>

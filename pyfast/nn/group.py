@@ -72,8 +72,8 @@ def part_of(
     dropout: float,
     drops: bool,
 ) -> Part | None:
-    """A layer's part; None where hooks watch it or its modules, where its weight is quantised or not on the
-    CPU, and where one of its weights is no parameter but made anew for each use."""
+    """A layer's part; None where hooks watch it or its modules, where its weight is quantised, and where one
+    of its weights is no parameter but made anew for each use."""
     if has_hooks(layer) or has_hooks(base) or has_hooks(a) or has_hooks(b):
         return None
     weight, a_rk, b_nr = weight_of(base), a._parameters.get("weight"), b._parameters.get("weight")
@@ -83,10 +83,6 @@ def part_of(
     if not isinstance(weight, DenseWeight) or weight.tensor.is_inference():
         return None
     if a_rk.is_inference() or b_nr.is_inference():
-        return None
-    # On CUDA the group is a composition so far: 1.13 of the frozen q, k and v replayed from a graph, where
-    # each by its own kernels takes 1.19, but launched from Python 1.64 against 1.28.
-    if weight.tensor.device.type != "cpu":
         return None
     return Part(weight, a_rk, b_nr, scale, dropout, drops)
 

@@ -3,6 +3,11 @@
 
 One call into C++ a direction. Where torch's GEMM is the better one, or ours cannot run, the products with
 W go through it and C++ makes those with A and B.
+
+Above `_FEW_RANKS` ranks torch makes the products of A and B's size, unless there is dropout or the GEMM makes
+them: from 32 ranks on its kernels read x and dy at the speed of memory, where ours are bound by `mma.sync`
+(8192 x 4096, 64 ranks: 27 and 41 us). Not for few rows: launches decide there, and torch may add up the parts
+of a split product in half precision.
 """
 
 from __future__ import annotations
@@ -23,6 +28,9 @@ from pyfast.ops.nf4 import dequantize_into
 _HALVES = (torch.float16, torch.bfloat16)
 _MAX_ROWS = 64 << 16
 """Each 64 rows have a counter; the kernels have 2^17 in all (csrc/lora/lora.h), half of them for these."""
+
+
+_FEW_RANKS, _MANY_ROWS = 16, 1024
 
 
 def padded(rank: int) -> int:
@@ -74,6 +82,10 @@ class Plan(NamedTuple):
     counters: int = 0
     """Bytes of zeros ahead of the workspace, and of both."""
     space: int = 0
+    torch_low: bool = False
+    """Whether torch makes z, or dz, while there is no dropout."""
+    torch_grads: bool = False
+    """The same of dA and dB."""
 
 
 def plan(
@@ -96,6 +108,7 @@ def plan(
             gemm, why = "", "the weight does not begin on 16 bytes"
     dy_in_place, pitch_dy = (True, n) if grad_y is None else _in_place(grad_y, n)
     x_in_place, pitch_x = _in_place(x, k)
+    many = r > _FEW_RANKS and r % 8 == 0 and m >= _MANY_ROWS
     return Plan(
         "",
         device,
@@ -114,6 +127,8 @@ def plan(
         padded(r),
         counters,
         counters + _extension.C.lora_workspace(device, m, n, k, r) if m else 0,
+        many and not (gemm and _extension.C.lora_makes(device, m, n, k, r, grad_y is not None)),
+        many,
     )
 
 
@@ -151,6 +166,18 @@ def _add_product(to: Tensor, low: Tensor, rank: int, factor: Tensor) -> None:
     to.addmm_(low, factor if factor.dtype is to.dtype else factor.to(to.dtype))
 
 
+def low_rank(out: Tensor, tensor_mc: Tensor, factor: Tensor, scale: float) -> None:
+    """out = scale tensor factor, rounded once."""
+    out.addmm_(tensor_mc, factor.to(out.dtype), beta=0, alpha=scale)
+
+
+def factor_grad(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right of a factor's dtype, rounded once where torch can."""
+    if dtype is torch.float32 and left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
 def _dense(
     plan: Plan, weight: Tensor, dtype: torch.dtype, absmax: Tensor | None,
     nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int,
@@ -179,8 +206,8 @@ def _share_device() -> None:
 
 
 def _problem(
-    plan: Plan, stream: int, space: Tensor, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor,
-    scale: float, dropout: float, seed: Tensor | None,
+    plan: Plan, stream: int, space: Tensor, x: Tensor, w: Tensor | None, a: Tensor | None,
+    b: Tensor | None, scale: float, dropout: float, seed: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The arguments that both directions share."""
     _share_device()
@@ -188,7 +215,7 @@ def _problem(
     return (
         plan.device, stream, *plan.sizes, x.data_ptr(), plan.pitch_x,
         w.data_ptr() if w is not None and plan.gemm else 0, plan.pitch_w, plan.by_out,
-        a.data_ptr(), b.data_ptr(), scale, plan.pitch_z, _extension.ptr(seed),
+        _extension.ptr(a), _extension.ptr(b), scale, plan.pitch_z, _extension.ptr(seed),
         _philox.threshold(dropout), counters + plan.counters, counters,
     )  # fmt: skip
 
@@ -210,15 +237,21 @@ def forward(
         a, b = a.contiguous(), b.contiguous()
     if not plan.bias_in_place:
         bias = _copied(bias)  # type: ignore[arg-type]
-    stream = raw_stream(plan.device)
+    given = plan.torch_low and dropout == 0.0
+    if given:
+        low_rank(z, _matrix(x), a.t(), scale)
+    stream, served = raw_stream(plan.device), "lora_linear_torch"
     with scratch_lock:
         w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
         y = x.new_empty(*shape) if plan.gemm else F.linear(_matrix(x), w, bias)
-        space = workspace(x, stream, plan.space, plan.counters)
-        served = _extension.C.lora_forward(
-            *_problem(plan, stream, space, x, w, a, b, scale, dropout, seed),
-            _extension.ptr(bias), y.data_ptr(), z.data_ptr(),
-        )  # fmt: skip
+        if plan.gemm or not given:
+            space = workspace(x, stream, plan.space, plan.counters)
+            served = _extension.C.lora_forward(
+                *_problem(
+                    plan, stream, space, x, w, None if given else a, b, scale, dropout, seed
+                ),
+                _extension.ptr(bias), y.data_ptr(), z.data_ptr(),
+            )  # fmt: skip
     _library.record("lora_linear", served or plan.beside)
     if not plan.gemm:
         _add_product(y, z, r, b.t())
@@ -241,27 +274,38 @@ def backward(
     if not plan.factors_in_place:
         a, b = a.contiguous(), b.contiguous()
     make = torch.empty_like if m else torch.zeros_like
-    grad_a = make(a) if want_a else a.new_empty(0)
-    grad_b = make(b) if want_b else b.new_empty(0)
-    grad_w = torch.mm(_matrix(grad_y).t(), _matrix(x)) if want_w else x.new_empty(0)
+    given, composed = (dropout == 0.0 and each for each in (plan.torch_low, plan.torch_grads))
+    x_mk, dy_mn = _matrix(x), _matrix(grad_y)
+    grad_a = make(a) if want_a and not composed else a.new_empty(0)
+    grad_b = make(b) if want_b and not composed else b.new_empty(0)
+    grad_w = torch.mm(dy_mn.t(), x_mk) if want_w else x.new_empty(0)
     if m == 0:
         return x.new_empty(x.shape if want_x else 0), grad_w, grad_a, grad_b
     dz = x.new_empty(m, plan.pitch_z)
+    if given and (want_x or want_a):
+        low_rank(dz, dy_mn, b, scale)
     w: Tensor | None = None
-    stream = raw_stream(plan.device)
+    stream, served = raw_stream(plan.device), "lora_linear_torch"
     with scratch_lock:
         if want_x:
             w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
-            grad_x = x.new_empty(*x.shape) if plan.gemm else torch.mm(_matrix(grad_y), w)
+            grad_x = x.new_empty(*x.shape) if plan.gemm else torch.mm(dy_mn, w)
         else:
             grad_x = x.new_empty(0)
-        space = workspace(x, stream, plan.space, plan.counters)
-        served = _extension.C.lora_backward(
-            *_problem(plan, stream, space, x, w, a, b, scale, dropout, seed),
-            grad_y.data_ptr(), plan.pitch_dy, z.data_ptr(), dz.data_ptr(),
-            grad_x.data_ptr() if want_x else 0, grad_a.data_ptr() if want_a else 0,
-            grad_b.data_ptr() if want_b else 0,
-        )  # fmt: skip
+        if plan.gemm or not composed:  # what is composed without a GEMM of ours is given too
+            space = workspace(x, stream, plan.space, plan.counters)
+            served = _extension.C.lora_backward(
+                *_problem(
+                    plan, stream, space, x, w, a, None if given else b, scale, dropout, seed
+                ),
+                grad_y.data_ptr(), plan.pitch_dy, z.data_ptr(), dz.data_ptr(),
+                grad_x.data_ptr() if want_x else 0,
+                grad_a.data_ptr() if want_a and not composed else 0,
+                grad_b.data_ptr() if want_b and not composed else 0,
+            )  # fmt: skip
+    if composed:
+        grad_a = factor_grad(dz.t(), x_mk, a.dtype) if want_a else grad_a
+        grad_b = factor_grad(dy_mn.t(), z, b.dtype) if want_b else grad_b
     _library.record("lora_linear_backward", served or plan.beside)
     if want_x and not plan.gemm:
         if dropout == 0.0:

@@ -29,8 +29,8 @@ class Extension:
 
     lora_counters = 32
 
-    def __init__(self, gemm):
-        self.real, self.gemm, self.calls = _extension.C, gemm, []
+    def __init__(self, gemm, makes=False):
+        self.real, self.gemm, self.makes, self.calls = _extension.C, gemm, makes, []
 
     def __getattr__(self, name):
         return getattr(self.real, name)
@@ -41,6 +41,9 @@ class Extension:
 
     def lora_workspace(self, device, m, n, k, r):
         return 256
+
+    def lora_makes(self, device, m, n, k, r, transposed):
+        return self.makes
 
     def problem(self, args):
         (device, stream, dtype, adapter, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a, b, scale,
@@ -62,15 +65,18 @@ class Extension:
             keep = _philox.keep_mask(
                 at(seed, 1, 2, 2, torch.int64)[0], m, k, p
             ) * _philox.keep_scale(p)
-        a, b = at(a, r, k, k, DTYPES[adapter]).double(), at(b, n, r, r, DTYPES[adapter]).double()
+        a = at(a, r, k, k, DTYPES[adapter]).double() if a else None
+        b = at(b, n, r, r, DTYPES[adapter]).double() if b else None
         return x, w, a, b, scale, keep
 
     def lora_forward(self, *args):
         x, w, a, b, scale, keep = self.problem(args[:21])
         bias, y, z = args[21:]
-        dtype, m, n, pitch_z = DTYPES[args[2]], args[4], args[5], args[16]
-        low = scale * (x * keep) @ a.t()
-        at(z, m, pitch_z, pitch_z, dtype).zero_()[:, : a.shape[0]] = low
+        dtype, m, n, r, pitch_z = DTYPES[args[2]], args[4], args[5], args[7], args[16]
+        z = at(z, m, pitch_z, pitch_z, dtype)
+        if a is not None:
+            z.zero_()[:, :r] = scale * (x * keep) @ a.t()
+        low = z[:, :r].double()
         if args[10]:
             shift = at(bias, 1, n, n, dtype).double() if bias else 0
             at(y, m, n, n, dtype).copy_(x @ w.t() + low @ b.t() + shift)
@@ -83,13 +89,11 @@ class Extension:
         dtype, adapter, m, n, k, r = (DTYPES[args[2]], DTYPES[args[3]], *args[4:8])
         assert dy % 16 == 0
         assert pitch_dy % 8 == 0
-        dy, low = (
-            at(dy, m, n, pitch_dy, dtype).double(),
-            scale * at(dy, m, n, pitch_dy, dtype).double() @ b,
-        )
-        z = at(z, m, r, args[16], dtype).double()
-        if dx or da:
-            at(dz, m, args[16], args[16], dtype).zero_()[:, :r] = low
+        dy, z = at(dy, m, n, pitch_dy, dtype).double(), at(z, m, r, args[16], dtype).double()
+        dz = at(dz, m, args[16], args[16], dtype)
+        if (dx or da) and b is not None:
+            dz.zero_()[:, :r] = scale * dy @ b
+        low = dz[:, :r].double()
         if dx and args[10]:
             at(dx, m, k, k, dtype).copy_(dy @ w + low @ a * keep)
         if da:

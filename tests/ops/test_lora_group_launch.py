@@ -20,7 +20,70 @@ K, OUT, SCALE = 16, (24, 8, 40), 0.75
 
 
 class Extension(lora_extension.Extension):
-    """Without W, as the group calls it: what lies between the columns of z and dz belongs to others."""
+    """For whole groups; without W, as the group calls it where torch makes the products with W: what lies
+    between the columns of z and dz belongs to others."""
+
+    def lora_group_gemm_name(self, device, m, k, shapes, transposed):
+        assert all(pitch >= k for _, _, pitch in shapes)
+        return (self.gemm, "") if self.gemm else ("", lora_extension.WHY)
+
+    def lora_group_workspace(self, device, m, k, shapes):
+        return 256
+
+    def lora_group_makes(self, device, m, k, shapes, transposed):
+        return self.makes
+
+    def group(self, args):
+        """x, z, the scale and the members of a call for a whole group."""
+        (device, stream, dtype, adapter, m, k, x, pitch_x, scale, z, pitch_z, given, workspace, counters,
+         members) = args  # fmt: skip
+        assert (device, stream) == (None, 0)
+        assert workspace - counters == 4 * self.lora_counters
+        dtype, adapter = DTYPES[dtype], DTYPES[adapter]
+        x, z = at(x, m, k, pitch_x, dtype), at(z, m, pitch_z, pitch_z, dtype)
+        found = []
+        for n, r, first, w, pitch_w, a, b, *rest in members:
+            assert first % 8 == 0
+            w, a = at(w, n, k, pitch_w, dtype).double(), at(a, r, k, k, adapter).double()
+            found.append((n, r, first, w, a, at(b, n, r, r, adapter).double(), rest))
+        self.calls.append("group")
+        return x.double(), z, scale, given, dtype, adapter, found
+
+    def lora_group_forward(self, *args):
+        x, z, scale, given, dtype, _, members = self.group(args)
+        if not given:
+            z.zero_()
+        for n, r, first, w, a, b, (bias, _, y, _) in members:
+            z_mr = z[:, first : first + r]
+            if not given:
+                z_mr.copy_(scale * x @ a.t())
+            shift = at(bias, 1, n, n, dtype).double() if bias else 0
+            at(y, len(x), n, n, dtype).copy_(x @ w.t() + z_mr.double() @ b.t() + shift)
+        return self.gemm
+
+    def lora_group_backward(self, *args):
+        x, z, scale, given, dtype, adapter, members = self.group(args[:15])
+        dz, dx = args[15:]
+        m, k = x.shape
+        lies = [0, *itertools.accumulate((r + 7) // 8 * 8 for _, r, *_ in members)]
+        dz = at(dz, m, lies[-1], lies[-1], dtype)
+        if not given:
+            dz.fill_(float("nan"))
+        sum_x = 0
+        for (n, r, first, w, a, b, (dy, pitch, da, db)), begin in zip(members, lies, strict=False):
+            dy, dz_mr = at(dy, m, n, pitch, dtype).double(), dz[:, begin : begin + r]
+            if not given and (dx or da):
+                dz[:, begin : begin + (r + 7) // 8 * 8].zero_()
+                dz_mr.copy_(scale * dy @ b)
+            if da:
+                at(da, r, k, k, adapter).copy_(dz_mr.double().t() @ x)
+            if db:
+                at(db, n, r, r, adapter).copy_(dy.t() @ z[:, first : first + r].double())
+            sum_x = sum_x + dy @ w + dz_mr.double() @ a
+        if dx:
+            assert dz.isfinite().all()
+            at(dx, m, k, k, dtype).copy_(sum_x)
+        return self.gemm if dx else ""
 
     def lora_forward(self, *args):
         assert args[10] == 0
@@ -43,11 +106,12 @@ class Extension(lora_extension.Extension):
         return ""
 
 
-@pytest.fixture
-def layers(monkeypatch):
-    """`lora_group` by the launches for CUDA."""
-    extension = Extension("")
+@pytest.fixture(params=[("", False), ("our GEMM", False), ("our GEMM", True)], ids=str)
+def layers(request, monkeypatch):
+    """`lora_group` by the launches for CUDA: with torch's GEMMs, with ours, with ours that make Z and dz."""
+    extension = Extension(*request.param)
     use(extension, group, _lora_group_launch, monkeypatch)
+    monkeypatch.setattr(_lora_group_launch, "_MANY_ROWS", 2)
     monkeypatch.setattr(group, "_group_backward", group._backward_kernel)
 
     def run(x, w, a, b, t, scale=SCALE):
@@ -115,7 +179,9 @@ def test_types_and_ranks(layers, ranks, dtype):
     for adapter, biases in itertools.product((dtype, torch.float32), (False, True)):
         check(layers, *operands(ranks=ranks, dtype=dtype, adapter=adapter, biases=biases))
     calls = layers.extension.calls
-    assert calls == (["forward"] + ["backward"] * (len(ranks) + 1)) * 4  # x is read once each way
+    # x is read once each way.
+    composed = ["forward"] + ["backward"] * (len(ranks) + 1)
+    assert calls == (["group"] * 2 if layers.extension.gemm else composed) * 4
 
 
 @pytest.mark.parametrize("name", list(inputs(K)))
@@ -172,6 +238,7 @@ def test_no_rows(layers):
     ],
 )
 def test_what_the_kernels_do_not_take_is_composed(layers, change, reason):
+    change = dict(change)
     scale = change.pop("scale", SCALE)
     mixed = change.pop("mixed", False)
     (x, w, a, b, t), dys = operands(**change)
@@ -191,8 +258,8 @@ def test_plans_are_made_once_and_checks_not_skipped(layers):
     with ops.recorded_kernels() as ran:
         for _ in range(2):
             torch.autograd.backward(layers(x, w, a, b, t), dys)
-    names = [("lora_group", "lora_group_skinny"), ("lora_group_backward", "lora_group_skinny")]
-    assert ran == names * 2
+    name = layers.extension.gemm or f"lora_group_skinny ({lora_extension.WHY})"
+    assert ran == [("lora_group", name), ("lora_group_backward", name)] * 2
     with pytest.raises(ValueError, match=r"a\[1\] must have shape \[8, 16\], got \[8, 8\]"):
         layers(x, w, [a[0], a[1][:, :8], a[2]], b, t)
     with pytest.raises(TypeError, match=r"weights\[2\] must be bfloat16, got float32"):

@@ -17,11 +17,12 @@ from tests.ops.lora_extension import WHY, Extension, inputs, use
 K, N, SCALE = 16, 24, 0.75
 
 
-@pytest.fixture(params=["own", "torch"])
+@pytest.fixture(params=["own", "own, makes", "torch"])
 def layer(request, monkeypatch):
-    """`lora_linear` by the launches for CUDA; the product with W by our kernel or by torch's."""
-    extension = Extension("gemm" if request.param == "own" else "")
+    """`lora_linear` by the launches for CUDA, with our kernel for W, which may make z, or torch's."""
+    extension = Extension("gemm" if "own" in request.param else "", "makes" in request.param)
     use(extension, lora, _lora_launch, monkeypatch)
+    monkeypatch.setattr(_lora_launch, "_MANY_ROWS", 2)
     monkeypatch.setattr(lora, "_lora_backward", lora._lora_backward_kernel)
 
     def run(x, w, a, b, *, bias=None, dropout=0.0, seed=None, absmax=None, inner=None, offset=None):
@@ -63,7 +64,7 @@ def check(layer, x, w, a, b, dy, matrix=None, parts=None, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("rank", [3, 8, 20, 24])
 def test_types_ranks_dropout_and_bias(layer, rank, dtype):
     seed = torch.tensor([7, 8])
     for adapter, p, biased in itertools.product((dtype, torch.float32), (0.0, 0.25), (False, True)):
@@ -119,19 +120,18 @@ def test_an_nf4_weight(layer, nested):
     check(layer, x, codes, a, b, dy, matrix=w, parts=parts)
 
 
-def test_every_set_of_wanted_gradients(layer):
+@pytest.mark.parametrize("rank", [3, 24])
+def test_every_set_of_wanted_gradients(layer, rank):
     for wanted in itertools.product((False, True), repeat=4):
-        x, w, a, b, dy = operands(adapter=torch.bfloat16)
+        x, w, a, b, dy = operands(r=rank, adapter=torch.bfloat16)
         leaves = [
             t.detach().requires_grad_(want) for t, want in zip((x, w, a, b), wanted, strict=True)
         ]
         y = layer(*leaves)
         if any(wanted):
             y.backward(dy)
-        low = x.double() @ a.double().t()
         exact_w = dy.double().t() @ x.double()
         _, dx, da, db = exact(x, w, a, b, dy)
-        assert low.shape == (5, 3)
         for leaf, want, e in zip(leaves, wanted, (dx, exact_w, da, db), strict=True):
             assert (leaf.grad is not None) == want
             assert not want or (leaf.grad.double() - e).norm() <= 0.01 * e.norm()
@@ -180,6 +180,16 @@ def test_what_serves_is_recorded_with_the_reason(layer):
     own = bool(layer.extension.gemm)
     assert names[:2] == (["gemm"] * 2 if own else [f"lora_linear_skinny ({WHY})"] * 2)
     assert names[2] == "lora_linear_skinny (the weight does not begin on 16 bytes)"
+
+
+def test_many_ranks_are_torch_s_where_torch_makes_the_product_with_w(layer):
+    x, w, a, b, dy = operands(r=24)
+    with ops.recorded_kernels() as ran:
+        layer(x, w, a, b).backward(dy)
+    own = bool(layer.extension.gemm)
+    names = [name for op, name in ran if op.startswith("lora")]
+    assert names == (["gemm"] * 2 if own else ["lora_linear_torch"] * 2)
+    assert layer.extension.calls == (["forward", "backward"] if own else [])
 
 
 def test_what_the_kernels_do_not_take_is_composed(layer):

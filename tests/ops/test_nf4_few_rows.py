@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which products with an NF4 weight the few-row kernels serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyfast.ops import _nf4_few_rows
+
+HOPPER = (9, 0)
+SERVED = {
+    "m": 1, "k": 4096, "dtype": torch.bfloat16, "blocksize": 64, "aligned": True,
+    "capability": HOPPER,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"m": 256},
+        {"k": 64},
+        {"k": 14336 + 64},
+        {"dtype": torch.float16},
+        {"m": 16, "capability": (8, 0)},
+        {"m": 16, "capability": (10, 0)},
+    ],
+)
+def test_served(changes):
+    assert _nf4_few_rows.why_not(**(SERVED | changes)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"m": 257}, "up to 256 rows here, x has 257"),
+        ({"m": 17, "capability": (8, 0)}, "up to 16 rows here, x has 17"),
+        ({"m": 17, "capability": (10, 0)}, "up to 16 rows here, x has 17"),
+        ({"dtype": torch.float32}, "take float16 and bfloat16, x is torch.float32"),
+        ({"blocksize": 128}, "take blocks of 64, the weight has 128"),
+        ({"k": 4096 + 32}, "multiples of 64 in features, x has 4128"),
+        ({"aligned": False}, "do not lie at multiples of 16 bytes"),
+        ({"capability": (8, 9)}, "do not fit a GPU of compute capability (8, 9)"),
+        ({"capability": (7, 5)}, "do not fit a GPU of compute capability (7, 5)"),
+    ],
+)
+def test_refused_with_the_reason(changes, reason):
+    assert reason in _nf4_few_rows.why_not(**(SERVED | changes))
