@@ -14,7 +14,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name 
 CMAKE := CMakeLists.txt csrc/CMakeLists.txt third_party/cutlass.cmake
 
 .DELETE_ON_ERROR:
-.PHONY: help env finetune test lint format bench build clean
+.PHONY: help env finetune test lint format docs bench build clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,6 +40,9 @@ format: env  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/gersemi --in-place $(CMAKE)
+
+docs: env  ## write docs/matrix.md from the tables of families and methods
+	$(BIN)/python -m pyfast.cli.matrix >docs/matrix.md
 
 bench: env  ## measure pyfast and its peers (ARGS: flags of `python -m benchmarks.run`)
 	$(BIN)/python -m benchmarks.run $(ARGS)

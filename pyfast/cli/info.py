@@ -9,8 +9,7 @@ import platform
 import torch
 
 from pyfast import __version__, _extension
-from pyfast.families import FAMILIES
-from pyfast.methods.base import METHODS
+from pyfast.cli.matrix import cells, table
 from pyfast.ops import OPS
 from pyfast.train.config import RunOptions
 from pyfast.train.default_data import PACKAGE as DATA_PACKAGE
@@ -26,8 +25,15 @@ _PARTS = {
 """Op argument: what it asks for, and the op whose kernels a composition computes that with."""
 
 
-def info() -> None:
-    """Show build, devices, libraries, the support matrix and the kernel that serves each op."""
+def info(matrix: bool = False) -> None:
+    """Show build, devices, libraries, the support matrix and the kernel that serves each op.
+
+    Args:
+        matrix: Show the table of families and methods alone.
+    """
+    if matrix:
+        say(table())
+        return
     for title, rows in (
         ("Build", _build()),
         ("Devices", _devices()),
@@ -90,11 +96,11 @@ def _version(name: str) -> str:
 
 
 def _support() -> list[tuple[str, str]]:
-    """Family by method; QLoRA is LoRA on NF4 weights, which every family's linears can have."""
-    methods = [method.name for method in METHODS.values()]
-    if "LoRA" in methods:
-        methods.append("QLoRA")
-    return [(family.name, ", ".join(sorted(methods))) for family in FAMILIES]
+    """Family and its methods."""
+    served: dict[str, list[str]] = {}
+    for family, method in cells():
+        served.setdefault(family, []).append(method)
+    return [(family, ", ".join(methods)) for family, methods in served.items()]
 
 
 def _kernels() -> list[tuple[str, str]]:

@@ -98,6 +98,9 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         subparsers[name] = _Parser(description=(function.__doc__ or "").splitlines()[0])
         subparsers[name].add_function_arguments(function)
     for name, subparser in subparsers.items():
+        for action in subparser._actions:
+            if getattr(action, "_typehint", None) is bool:  # the flag alone means true
+                action.nargs, action.const = "?", True
         subparser.add_argument(
             "--debug", action="store_true", help="Show the traceback of an error."
         )

@@ -11,6 +11,7 @@ from torch import nn
 from pyfast.errors import TargetModuleError
 from pyfast.families.base import Family, Role
 from pyfast.nn import AdapterLayer, weight_of
+from pyfast.nn.expert_lora import NOT_LINEAR
 
 _NAMES = {
     Role.Q: ("q_proj", "query", "query_proj", "q", "wq", "q_lin"),
@@ -95,9 +96,15 @@ def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, n
 def _linears(layer: nn.Module) -> list[str]:
     """Paths of a layer's linears, of adapted ones without what is inside."""
     found: list[str] = []
+    adapted: list[str] = []
     for path, module in layer.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if not inside and (isinstance(module, AdapterLayer) or weight_of(module) is not None):
+        if any(path.startswith(f"{outer}.") for outer in adapted):
+            continue
+        if isinstance(module, AdapterLayer):
+            adapted.append(path)
+        if not isinstance(module, NOT_LINEAR) and (
+            isinstance(module, AdapterLayer) or weight_of(module) is not None
+        ):
             found.append(path)
     return found
 

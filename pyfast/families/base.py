@@ -85,7 +85,7 @@ class FusedLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family. Paths are those inside a layer, but for `layers`.
+    """One model family. Paths are those inside a layer, but for `layers` and `uncalled`.
 
     Attributes:
         name: as `pyfast info` prints it.
@@ -100,6 +100,7 @@ class Family:
         cross_attention: those of the mixers whose keys and values are made of the encoder's output.
         experts: path of each 3-D parameter [experts, out, in] to its role.
         fused: role of each fused linear to the function that makes its layout of a transformers config.
+        uncalled: paths, from the root, of embeddings that hold a weight for others and are never called.
         own_loss: whether the model's loss is the mean over its own batch, although its forward takes the
             number of items that Trainer passes where it accumulates gradients.
     """
@@ -114,6 +115,7 @@ class Family:
     cross_attention: tuple[str, ...] = ()
     experts: Mapping[str, Role] = field(default_factory=dict)
     fused: Mapping[Role, Callable[[Any], FusedLayout]] = field(default_factory=dict)
+    uncalled: tuple[str, ...] = ()
     own_loss: bool = False
 
     def shared_inputs(self) -> list[list[str]]:

@@ -23,5 +23,6 @@ T5 = Family(
     mixers=(_SELF, _CROSS),
     mlps=_MLPS,
     cross_attention=(_CROSS,),
+    uncalled=("shared",),
     own_loss=True,
 )

@@ -23,7 +23,7 @@ from pyfast.integrations.adapter_file import (
 from pyfast.methods.apply import check_adapter_name, commit_plan, prepare
 from pyfast.methods.base import METHODS, adapted_modules, refuse_meta, unwrapped
 from pyfast.methods.state import adapter_parameters, known_adapter
-from pyfast.nn import AdapterLayer, NF4Weight, SavedModule, weight_of
+from pyfast.nn import AdapterLayer, NF4Tensor, NF4Weight, SavedModule, weight_of
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -86,7 +86,8 @@ def _quantized(model: nn.Module) -> bool:
     """Whether some weight of the model is in NF4, or was before adapters were merged into it."""
     layers = (m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer))
     return any(layer.quantized for layer in layers) or any(
-        isinstance(weight_of(module), NF4Weight) for module in model.modules()
+        isinstance(module, NF4Tensor) or isinstance(weight_of(module), NF4Weight)
+        for module in model.modules()
     )
 
 

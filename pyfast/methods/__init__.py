@@ -6,6 +6,7 @@ from pyfast.methods.base import METHODS, Method
 from pyfast.methods.bottleneck import BottleneckConfig
 from pyfast.methods.ia3 import IA3Config
 from pyfast.methods.lora import LoraConfig
+from pyfast.methods.loraplus import loraplus_groups
 from pyfast.methods.p_tuning import PromptEncoderConfig
 from pyfast.methods.quantize import quantize
 from pyfast.methods.requantize import requantize
@@ -33,6 +34,7 @@ __all__ = [
     "apply",
     "coerce_config",
     "delete_adapter",
+    "loraplus_groups",
     "merge",
     "quantize",
     "requantize",

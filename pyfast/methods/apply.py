@@ -177,6 +177,7 @@ def commit_plan(
                 METHODS[type(ours)].fill(model, adapter_name, values)
     except BaseException:
         take_off(model, adapter_name)
+        plan.undo()
         for parameter, required in trainable:
             parameter.requires_grad_(required)
         raise

@@ -24,12 +24,14 @@ class Plan:
         commit: makes the change.
         warnings: what the user should know before it is made.
         training: the same keys and shapes for the file of what only training needs, where there is one.
+        undo: takes back what `commit` changed besides adding the adapter.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     commit: Commit
     warnings: tuple[str, ...] = ()
     training: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    undo: Commit = lambda: None
 
 
 class Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,13 +13,21 @@ from torch import nn
 from pyfast.methods.base import adapted_modules, public_path
 from pyfast.methods.targets import match_targets
 from pyfast.nn import AdapterLayer, DenseWeight
+from pyfast.nn.expert_lora import LoraExperts
 
 
-def adapter_fields(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Any]:
-    """A config's fields with targets that name exactly the layers that hold the adapter."""
+def adapter_fields(
+    model: nn.Module,
+    config: Any,
+    adapter_name: str,
+    others: Mapping[str, nn.Module] | None = None,
+) -> dict[str, Any]:
+    """A config's fields with targets that name exactly the layers that hold the adapter; `others` as in
+    `match_targets`."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    layers = layers_with(model, adapter_name)
-    fields["target_modules"] = target_names(model, list(layers))
+    found = layers_with(model, adapter_name).items()
+    layers = {path: layer for path, layer in found if not isinstance(layer, LoraExperts)}
+    fields["target_modules"] = target_names(model, list(layers), others) if layers else []
     fields["exclude_modules"] = None
     weights = ((layer.base_weight, layer.frozen) for layer in layers.values())
     fields["fan_in_fan_out"] = any(
@@ -38,11 +46,13 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
     }
 
 
-def target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
+def target_names(
+    model: nn.Module, paths: list[str], others: Mapping[str, nn.Module] | None = None
+) -> list[str] | str:
     """Shortest form that selects exactly these modules: last parts, full paths, or a regular expression."""
     short = sorted({path.rpartition(".")[2] for path in paths})
     for names in (short, sorted(paths)):
-        if set(match_targets(model, names)) == set(paths):
+        if set(match_targets(model, names, others=others)) == set(paths):
             return names
     return pattern_of(paths)
 

@@ -35,10 +35,11 @@ from pyfast.methods.targets import (
     named,
     served_weight,
 )
-from pyfast.nn.adapter_layer import link_of
+from pyfast.nn.adapter_layer import AdapterLayer, link_of
 from pyfast.nn.ia3 import DOWN, IA3Activation, IA3Linear, inner_size
 
-_PLACES = (Role.K, Role.V, Role.QKV, Role.DOWN)
+PLACES = (Role.K, Role.V, Role.QKV, Role.DOWN)
+"""What the default scales: outputs of keys and values, inputs of the MLP's last projection."""
 # What PEFT 0.21 takes by model type: targets, and those of them that scale inputs. Its target w2 of Mixtral
 # matches nothing there since transformers holds experts in 3-D tensors, and PEFT passes over it.
 _KV = ["k_proj", "v_proj"]
@@ -163,6 +164,11 @@ class IA3Method(Method):
                 rows[path] = _kv_rows(path, layer, weight.out_features)
 
         for path, module in experts.items():
+            if isinstance(module, AdapterLayer):
+                raise UnsupportedError(
+                    f"IA3: the experts of {path!r} carry LoRA on their parameters, beside which IA3 is not "
+                    "served there; name target_modules without them. Nothing was changed"
+                )
             shapes[f"{path}.ia3_l"] = (1, inner_size(module))
 
         def commit() -> None:
@@ -222,7 +228,7 @@ def _default_paths(model: nn.Module, roles: dict[str, tuple[Role, Layer]]) -> li
     """Keys, values and MLPs."""
     if not roles:
         automatic(model)  # says why there is no table
-    return [path for path, (role, _) in roles.items() if role in _PLACES]
+    return [path for path, (role, _) in roles.items() if role in PLACES]
 
 
 def _experts(

@@ -17,19 +17,26 @@ from torch import Tensor, nn
 from pyfast.errors import ConfigError, UnsupportedError
 from pyfast.methods.base import Method, Plan, refuse_meta, register_method, replace_modules
 from pyfast.methods.describe import adapter_fields
+from pyfast.methods.lora_places import (
+    embedding_modules,
+    experts_left_out,
+    find_places,
+    parameter_targets,
+    tied,
+)
+from pyfast.methods.pissa import PrincipalParts, beside_pissa, is_pissa
 from pyfast.methods.saved import plan_saved
 from pyfast.methods.targets import (
     ALL_LINEAR,
-    linear_modules,
     match_saved,
-    match_targets,
     pattern_values,
     served_weight,
 )
 from pyfast.nn import AdapterLayer, Weight, weight_of
 from pyfast.nn.adapter_layer import has_hooks, link_of
 from pyfast.nn.dora import DoraMagnitude, dora_joined, dora_linear, row_norms
-from pyfast.nn.experts import expert_tensors, quantized_experts
+from pyfast.nn.embedding import LoraEmbedding
+from pyfast.nn.expert_lora import LoraExperts
 from pyfast.nn.group import GroupMember, Part, part_of
 
 _MAX_ALPHA = 1e9
@@ -43,14 +50,18 @@ class LoraConfig:
     Attributes:
         r: rank R.
         target_modules: names that end a module's path, a regular expression for the whole path, or
-            "all-linear"; None takes the family's default.
+            "all-linear"; None takes the family's default. Embeddings are adapted where they are named, and
+            "experts" means the 3-D parameters of a mixture's experts.
+        target_parameters: names that end a path of such a parameter. Beside them `target_modules=None`
+            means no modules.
         exclude_modules: same forms; removed from the targets.
         lora_alpha: numerator of the scale.
         lora_dropout: dropout of the adapter's input while training.
         use_rslora: scale alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023).
         modules_to_save: names of modules trained whole and saved with the adapter.
         init_lora_weights: True: A uniform (Kaiming, a = sqrt 5), B zero; "gaussian": A normal with
-            standard deviation 1 / r, B zero; False: both as `nn.Linear` (for tests).
+            standard deviation 1 / r, B zero; False: both as `nn.Linear` (for tests); "pissa" or
+            "pissa_niter_<n>": the principal part of each weight, which loses it (see `methods.pissa`).
         layers_to_transform: layer indices to adapt; None means all.
         layers_pattern: name of the list of layers for `layers_to_transform`.
         rank_pattern: end of a module's path (regular expression) to its own rank.
@@ -63,6 +74,7 @@ class LoraConfig:
 
     r: int = 8
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -101,10 +113,11 @@ class LoraConfig:
         number = isinstance(self.lora_dropout, (int, float))
         if not number or not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"LoraConfig: lora_dropout={self.lora_dropout!r} must be in [0, 1)")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        init = self.init_lora_weights
+        if init not in (True, False, "gaussian") and not is_pissa(init):
             raise UnsupportedError(
-                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} is not served; use True, "
-                "False or 'gaussian'"
+                f"LoraConfig: init_lora_weights={init!r} is not served; use True, False, 'gaussian', "
+                "'pissa' or 'pissa_niter_<n>'"
             )
         if self.bias != "none":
             raise UnsupportedError(f"LoraConfig: bias={self.bias!r} is not served; use bias='none'")
@@ -296,33 +309,28 @@ class LoraMethod(Method):
         """Match the targets; see `Method.plan`."""
         config.check()
         whole = match_saved(model, config.modules_to_save, allow_unmatched=allow_unmatched)
-        paths = match_targets(
-            model,
-            config.target_modules,
-            exclude=config.exclude_modules,
-            layers=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-            saved=whole,
-            allow_unmatched=allow_unmatched,
-        )
-        ranks, scales = config.ranks_and_scales(paths, allow_unmatched=allow_unmatched)
+        places = find_places(model, config, whole, allow_unmatched)
+        ranks, scales = config.ranks_and_scales(places.paths(), allow_unmatched=allow_unmatched)
+        principal = PrincipalParts(model, config, places, ranks, scales)
         saved = plan_saved(model, whole, adapter_name)
-        linears = linear_modules(model)
-        shapes: dict[str, tuple[int, ...]] = dict(saved.shapes)
-        for path in paths:
-            weight = served_weight(path, linears[path])
+        shapes = {**saved.shapes, **places.shapes(ranks)}
+        for path, module in places.linears.items():
+            weight = served_weight(path, module)
             shapes[f"{path}.lora_A.weight"] = (ranks[path], weight.in_features)
             shapes[f"{path}.lora_B.weight"] = (weight.out_features, ranks[path])
             if config.use_dora:
-                refuse_meta("use_dora", [(f"{path}.weight", linears[path].weight)])  # type: ignore[list-item]
+                refuse_meta("use_dora", [(f"{path}.weight", module.weight)])  # type: ignore[list-item]
                 shapes[f"{path}.lora_magnitude_vector"] = (weight.out_features,)
 
+        def add(path: str, layer: LoraEmbedding | LoraExperts) -> None:
+            dtype = _adapter_dtype(layer.base_weight, autocast_adapter_dtype)
+            layer.add(adapter_name, ranks[path], scales[path], config.init_lora_weights, dtype)
+
         def commit() -> None:
-            wrapped: dict[nn.Module, nn.Module] = {}
-            for path in paths:
+            wrapped = places.put(model, add)
+            for path, base in places.linears.items():
                 layer = link_of(model.get_submodule(path), LoraLinear)
                 if layer is None:  # below the layers of other methods, whose base it becomes
-                    base = linears[path]
                     layer = wrapped[base] = LoraLinear(base)
                     layer.train(base.training)
                 layer.add(
@@ -336,51 +344,25 @@ class LoraMethod(Method):
                 )
             replace_modules(model, wrapped.get)
             saved.commit()
+            principal.take_out(model, adapter_name)
 
-        warnings = saved.warnings
+        warnings = saved.warnings + beside_pissa(model) + tied(model, places.embeddings)
         if config.target_modules == ALL_LINEAR:
-            warnings += _experts_left_out(model, whole, linears)
-        return Plan(shapes, commit, warnings)
+            warnings += experts_left_out(model, [*whole, *places.experts])
+        return Plan(shapes, commit, warnings, undo=principal.undo)
 
     def fields(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, Any]:
         """As PEFT writes them; see `Method.fields`."""
-        fields = adapter_fields(model, config, adapter_name)
+        fields = adapter_fields(model, config, adapter_name, embedding_modules(model))
         alpha = config.lora_alpha
         fields["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+        fields["target_parameters"] = parameter_targets(model, adapter_name)
         return fields | {"layers_to_transform": None, "layers_pattern": None}
 
 
 def _adapter_dtype(weight: Weight, autocast: bool) -> torch.dtype:
     """PEFT's rule: adapters of half-precision (and quantised) weights are float32 unless told not to be."""
     return torch.float32 if autocast and weight.dtype.itemsize <= 2 else weight.dtype
-
-
-def _experts_left_out(
-    model: nn.Module, saved: list[str], linears: Mapping[str, nn.Module]
-) -> tuple[str, ...]:
-    """A sentence for experts and routers that "all-linear" does not adapt: they are no linear layers."""
-    inside = tuple(f"{path}." for path in saved)
-    experts, routers = [], []
-    for path, module in model.named_modules():
-        names = [*expert_tensors(module), *quantized_experts(module)]
-        if not names or f"{path}.".startswith(inside):
-            continue
-        experts.append(f"{' and '.join(names)} of {path!r}")
-        block = path.rpartition(".")[0]
-        for name, child in model.get_submodule(block).named_children():
-            weight, at = child._parameters.get("weight"), f"{block}.{name}".lstrip(".")
-            if weight is not None and weight.ndim == 2 and at not in linears:
-                routers.append(repr(at))
-    if not experts:
-        return ()
-    found = [f"{len(experts)} times experts (first: {experts[0]})"]
-    found += [f"{len(routers)} routers (first: {routers[0]})"] if routers else []
-    return (
-        f"target_modules='all-linear' adapts linear layers alone: {' and '.join(found)} of "
-        f"{type(model).__name__} stay as they are. PEFT's 'all-linear' adapts them too in models whose "
-        "experts it knows, Mixtral among them. Fix: name the layers in target_modules, which leaves these "
-        "out without this warning",
-    )
 
 
 register_method(LoraMethod())

@@ -21,6 +21,7 @@ from pyfast.errors import (
 from pyfast.families import automatic, family_of
 from pyfast.methods.base import as_names, check_model
 from pyfast.nn import DENSE_DTYPES, AdapterLayer, SavedModule, Switchable, Weight, weight_of
+from pyfast.nn.expert_lora import NOT_LINEAR
 
 ALL_LINEAR = "all-linear"
 _PATTERN_SECONDS = 1.0
@@ -87,7 +88,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
                 "take PEFT's adapters off first. Nothing was changed"
             )
         start = f"{path}." if path else ""
-        if isinstance(module, AdapterLayer):
+        if isinstance(module, AdapterLayer) and not isinstance(module, NOT_LINEAR):
             found[path] = module.frozen
             inside.append(start)
         elif isinstance(module, Switchable):
@@ -161,9 +162,10 @@ def match_targets(
     layers: int | Iterable[int] | None = None,
     layers_pattern: str | Iterable[str] | None = None,
     saved: Iterable[str] = (),
+    others: Mapping[str, nn.Module] | None = None,
     allow_unmatched: bool = False,
 ) -> list[str]:
-    """Paths of the linear modules that `target_modules` names, in the model's order.
+    """Paths of the linear modules, and of `others`, that `target_modules` names.
 
     Args:
         model: any module tree.
@@ -173,6 +175,7 @@ def match_targets(
         layers: keep only these layer indices.
         layers_pattern: name of the list of layers, where the first number in the path is not the index.
         saved: paths of modules trained whole; what lies inside gets no adapter.
+        others: path to module of what else a method adapts where it is named, which "all-linear" is not.
         allow_unmatched: let single names match nothing.
 
     Raises:
@@ -183,20 +186,21 @@ def match_targets(
     if targets is None:
         family = family_of(getattr(getattr(model, "config", None), "model_type", None))
         targets = (family or automatic(model)).lora_targets
+    known = {**linears, **(others or {})}
     if targets == ALL_LINEAR:
         heads = output_layers(model)
         matched = [path for path in linears if path not in heads]
     elif isinstance(targets, str):
         matcher = Matcher()
-        matched = [path for path in linears if matcher.full(targets, path)]
+        matched = [path for path in known if matcher.full(targets, path)]
     else:
         names = as_names("target_modules", targets)
-        matched = [path for path in linears if named(names, path)]
-        missed = [name for name in names if not any(named([name], path) for path in linears)]
+        matched = [path for path in known if named(names, path)]
+        missed = [name for name in names if not any(named([name], path) for path in known)]
         if missed and not allow_unmatched:
-            _refuse_other_kinds(model, missed[0], linears)
+            _refuse_other_kinds(model, missed[0], known)
             raise TargetModuleError(
-                _missed_text("target_modules", missed, names, linears, model_name)
+                _missed_text("target_modules", missed, names, known, model_name)
             )
         both = sorted(set(saved) & set(matched))
         if both and not allow_unmatched:
@@ -208,7 +212,7 @@ def match_targets(
     matched = [path for path in matched if not any(f"{path}.".startswith(p) for p in whole)]
     matched = _filtered(matched, exclude, allow_unmatched)
     if layers is not None:
-        matched = _in_layers(matched, linears, layers, layers_pattern, allow_unmatched)
+        matched = _in_layers(matched, known, layers, layers_pattern, allow_unmatched)
     if not matched:
         raise TargetModuleError(
             f"target_modules={_short(targets)} matches no linear module of {model_name} "
@@ -218,12 +222,12 @@ def match_targets(
     return matched
 
 
-def _refuse_other_kinds(model: nn.Module, name: str, linears: Mapping[str, nn.Module]) -> None:
-    """Say so if a target exists but is no linear layer that can carry an adapter, or a second name of one."""
+def _refuse_other_kinds(model: nn.Module, name: str, known: Mapping[str, nn.Module]) -> None:
+    """Say so if a target exists but cannot carry an adapter, or is a second name of one that can."""
     for path, module in model.named_modules(remove_duplicate=False):
         if path and named([name], path):
-            for first, linear in linears.items():
-                if linear is module:
+            for first, other in known.items():
+                if other is module:
                     raise TargetModuleError(
                         f"target_modules: {name!r} names {path!r}, which is the same module as {first!r}; "
                         "use that name, it adapts both. Nothing was changed"
@@ -238,7 +242,8 @@ def _refuse_other_kinds(model: nn.Module, name: str, linears: Mapping[str, nn.Mo
                 )
             raise UnsupportedError(
                 f"target_modules: {name!r} names {path!r}, a {type(module).__name__}; only linear layers "
-                "(dense or 4-bit) can carry an adapter. Nothing was changed"
+                "(dense or 4-bit) can carry an adapter, and LoRA's embeddings and experts. Nothing was "
+                "changed"
             )
 
 

@@ -10,7 +10,8 @@ The module's class becomes a subclass of its own whose forward takes one expert 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.nn.nf4 import NF4Tensor, nf4_of
-from pyfast.nn.weight import DENSE_DTYPES, NF4Weight
+from pyfast.nn.weight import DENSE_DTYPES, DenseWeight, NF4Weight
 from pyfast.ops._check import NEST_BLOCK
 from pyfast.ops.nf4 import flat_scales
 
@@ -91,42 +92,84 @@ def quantized_names(module: nn.Module) -> list[str]:
     return [n.removeprefix(PREFIX) for n, child in held if isinstance(child, NF4Tensor)]
 
 
+def projections(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Name to [experts, out, in] of the 3-D tensors by which a module of experts projects, dense or NF4, in
+    the order that transformers has their parameters in."""
+    held: Any = module
+    found = {name: tuple(tensor.shape) for name, tensor in expert_tensors(module).items()}
+    found |= {name: tensor.shape for name, tensor in quantized_experts(module).items()}
+    shapes = {}
+    for name in (_first(held), "down_proj") if found else ():
+        if name in found:
+            experts, *ends = found[name]
+            out, inner = reversed(ends) if held.is_transposed else ends
+            shapes[name] = (experts, out, inner)
+    return shapes
+
+
+def _first(module: Any) -> str:
+    """The projection that reads a module's input."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def expert_weight(module: Any, name: str, index: int) -> DenseWeight | NF4Weight:
+    """One expert's matrix [out, in] and its bias."""
+    bias = getattr(module, f"{name}_bias")[index] if module.has_bias else None
+    held = module._modules.get(PREFIX + name)
+    if held is not None:
+        return replace(_expert(held, index), bias=bias)
+    tensor = getattr(module, name)[index]
+    return DenseWeight(tensor.t() if module.is_transposed else tensor, bias)
+
+
+Project = Callable[[str, DenseWeight | NF4Weight, int, Tensor], Tensor]
+
+
+def project(name: str, weight: DenseWeight | NF4Weight, index: int, x: Tensor) -> Tensor:
+    """The product with an expert's frozen matrix alone."""
+    if isinstance(weight, NF4Weight):
+        return weight.linear(x)
+    return nn.functional.linear(x, weight.tensor, weight.bias)
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    project: Project = project,
+) -> Tensor:
+    """Each token's chosen experts, weighted and added up.
+
+    Args:
+        module: experts by transformers' rules.
+        hidden_states: [tokens, hidden].
+        top_k_index: [tokens, k]; a number that no expert has stands for none.
+        top_k_weights: [tokens, k].
+        project: gives the product of some rows with an expert's matrix; told the parameter's name too.
+    """
+    result = torch.zeros_like(hidden_states)
+    for index in torch.unique(top_k_index).tolist():
+        if not 0 <= index < module.num_experts:
+            continue
+        tokens, slots = torch.where(top_k_index == index)
+        name, x = _first(module), hidden_states[tokens]
+        x = project(name, expert_weight(module, name, index), index, x)
+        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+        x = project("down_proj", expert_weight(module, "down_proj", index), index, x)
+        if getattr(module, "has_post_expert_norm", False):
+            x = module.post_expert_norm(x)
+        x = x * top_k_weights[tokens, slots, None]
+        result.index_add_(0, tokens, x.to(result.dtype))
+    return result
+
+
 class NF4Experts:
     """Mixed in front of a class of experts."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Each token's chosen experts, weighted and added up.
-
-        Args:
-            hidden_states: [tokens, hidden].
-            top_k_index: [tokens, k]; a number that no expert has stands for none.
-            top_k_weights: [tokens, k].
-        """
-        module: Any = self
-        result = torch.zeros_like(hidden_states)
-        for index in torch.unique(top_k_index).tolist():
-            if not 0 <= index < module.num_experts:
-                continue
-            tokens, slots = torch.where(top_k_index == index)
-            x = self._project(
-                "gate_up_proj" if module.has_gate else "up_proj", hidden_states[tokens], index
-            )
-            x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-            x = self._project("down_proj", x, index)
-            if getattr(module, "has_post_expert_norm", False):
-                x = module.post_expert_norm(x)
-            x = x * top_k_weights[tokens, slots, None]
-            result.index_add_(0, tokens, x.to(result.dtype))
-        return result
-
-    def _project(self, name: str, x: Tensor, index: int) -> Tensor:
-        module: Any = self
-        bias = getattr(module, f"{name}_bias")[index] if module.has_bias else None
-        held = module._modules.get(PREFIX + name)
-        if held is None:
-            return nn.functional.linear(x, getattr(module, name)[index], bias)
-        y = _expert(held, index).linear(x)
-        return y if bias is None else y + bias
+        """See `experts_forward`."""
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made here and not found by its name, so that pickle and copy must make it again.

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pyfast.errors import CheckpointCorruptError, CheckpointWriteError, ResumeError
+from pyfast.train.optim import set_state, state_shapes, state_tensors
 
 _MANIFEST = "manifest.json"
 _TRAINER = "trainer.json"
@@ -49,6 +50,8 @@ class Progress:
     seconds: float = 0.0
     eval_loss_before: float | None = None
     eval_loss: float | None = None
+    exact_match_before: float | None = None
+    exact_match: float | None = None
 
 
 # --- the state of a run as named tensors and plain values ---
@@ -67,7 +70,7 @@ def training_tensors(
     for name, parameter in parameters.items():
         if with_parameters:
             tensors[f"parameter.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in state_tensors(optimizer, parameter).items():
             tensors[f"optimizer.{key}.{name}"] = value
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -348,13 +351,12 @@ def restore(
         ("rng.cpu", None),
         *((name, None) for name in cuda),
     ]
-    keys = ("step", "exp_avg", "exp_avg_sq") if checkpoint.progress.step else ()
+    states = state_shapes(optimizer) if checkpoint.progress.step else {}
     for name, parameter in parameters.items():
         if with_parameters:
             needed.append((f"parameter.{name}", parameter.shape))
-        needed += [
-            (f"optimizer.{key}.{name}", None if key == "step" else parameter.shape) for key in keys
-        ]
+        shapes = states.get(parameter, {})
+        needed += [(f"optimizer.{key}.{name}", shape) for key, shape in shapes.items()]
     lacking = [name for name, _ in needed if name not in tensors]
     if lacking:
         raise ResumeError(
@@ -372,12 +374,8 @@ def restore(
         for name, parameter in parameters.items():
             if with_parameters:
                 parameter.copy_(tensors[f"parameter.{name}"])
-            for key in keys:
-                value = tensors[f"optimizer.{key}.{name}"]
-                # AdamW counts its steps on the CPU.
-                optimizer.state[parameter][key] = (
-                    value if key == "step" else value.to(parameter.device)
-                )
+            found = {key: tensors[f"optimizer.{key}.{name}"] for key in states.get(parameter, ())}
+            set_state(optimizer, parameter, found)
     version, internal, gauss = checkpoint.values["python_rng"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys_, *rest = checkpoint.values["numpy_rng"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyfast.errors import ConfigError
+from pyfast.methods.pissa import is_pissa
 
 
 @dataclass
@@ -22,6 +23,8 @@ class AdapterOptions:
         dropout: Probability that an input element of the adapter is dropped in training.
         targets: "all-linear", one regular expression, or a list of module names.
         rslora: Scale by alpha / sqrt(r) instead.
+        init: "kaiming" or "gaussian" has A random and B zero; "pissa", or faster "pissa_niter_<n>" with n
+            iterations (16, say), starts with the principal part of each weight, which loses it (PiSSA).
         dora: Learn the norm of each output's weights apart from their direction (DoRA).
     """
 
@@ -30,6 +33,7 @@ class AdapterOptions:
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
     rslora: bool = False
+    init: str = "kaiming"
     dora: bool = False
 
 
@@ -112,19 +116,24 @@ class OptimizerOptions:
     """AdamW.
 
     Attributes:
+        name: "adamw" is torch's; "adamw_8bit", "paged_adamw_8bit" and "paged_adamw_32bit" are those of
+            bitsandbytes, whose state is smaller, or moves to the host where a GPU's memory is short.
         lr: Peak learning rate; by default 5e-4 for lora, qlora and adapters, 3e-3 for ia3, 1e-3 for p-tuning,
             2e-5 for full fine-tuning.
         weight_decay: Decoupled decay, applied to matrices only.
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
         max_grad_norm: Gradients are scaled down to this global norm; 0 leaves them as they are.
+        loraplus_lr_ratio: Of lora and qlora: B learns so many times faster than A (LoRA+; 16, say).
     """
 
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     lr: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    loraplus_lr_ratio: float | None = None
 
 
 @dataclass
@@ -160,6 +169,10 @@ class RunOptions:
         keep_last: Checkpoints kept.
         log_every: Steps between lines where there is no terminal.
         samples: Held-out questions answered before and after training.
+        predict_with_generate: Answer held-out records at each evaluation, greedily, and count the answers
+            that are the expected ones up to case, punctuation and articles (SQuAD's exact match).
+        max_predict_samples: Records that are answered so.
+        max_new_tokens: Length at which such an answer is cut.
     """
 
     epochs: float = 2.0
@@ -175,6 +188,9 @@ class RunOptions:
     keep_last: int = 2
     log_every: int = 10
     samples: int = 4
+    predict_with_generate: bool = False
+    max_predict_samples: int = 32
+    max_new_tokens: int = 64
 
 
 @dataclass
@@ -238,6 +254,7 @@ _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "optimizer.weight_decay": (0, True, math.inf, False),
     "optimizer.eps": (0, False, math.inf, False),
     "optimizer.max_grad_norm": (0, True, math.inf, False),
+    "optimizer.loraplus_lr_ratio": (0, False, math.inf, False),
     "schedule.warmup_fraction": (0, True, 1, True),
     "schedule.min_ratio": (0, True, 1, True),
     "run.epochs": (0, False, math.inf, False),
@@ -250,6 +267,8 @@ _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "run.keep_last": (1, True, math.inf, False),
     "run.log_every": (1, True, math.inf, False),
     "run.samples": (0, True, math.inf, False),
+    "run.max_predict_samples": (1, True, math.inf, False),
+    "run.max_new_tokens": (1, True, math.inf, False),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "qlora", "sft", "ia3", "p-tuning", "adapters"),
@@ -258,6 +277,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "bottleneck.activation": ("silu", "gelu", "relu"),
     "dataset.split_by": ("prompt_and_answer", "prompt"),
     "dataset.on_bad_record": ("raise", "skip"),
+    "optimizer.name": ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
     "schedule.kind": ("cosine", "linear", "constant"),
     "run.dtype": ("auto", "bf16", "fp32"),
 }
@@ -309,6 +329,7 @@ def validate(config: FinetuneConfig) -> None:
             raise ConfigError(
                 f"optimizer.betas is {config.optimizer.betas}; both must be in [0, 1)."
             )
+    _check_adapter(config)
     if config.data == []:
         raise ConfigError(
             "data is an empty list. Fix: data=train.jsonl, or leave it out for the default."
@@ -316,6 +337,26 @@ def validate(config: FinetuneConfig) -> None:
     if config.resume and config.output_dir is None:
         raise ConfigError(
             "resume needs the directory of the run to go on with. Fix: --output_dir DIR."
+        )
+
+
+def _check_adapter(config: FinetuneConfig) -> None:
+    """Refuse what is not for the method of the run."""
+    init, ratio = config.adapter.init, config.optimizer.loraplus_lr_ratio
+    pissa = is_pissa(init)
+    if not pissa and init not in ("kaiming", "gaussian"):
+        raise ConfigError(
+            f"adapter.init is {init!r}. Fix: one of kaiming, gaussian, pissa, pissa_niter_16."
+        )
+    if pissa and config.method == "qlora":
+        raise ConfigError(
+            f"adapter.init is {init!r}, which turns base weights into residuals, but qlora rounds them to "
+            "NF4 first. Fix: --method lora, or --adapter.init kaiming"
+        )
+    if ratio is not None and config.method not in ("lora", "qlora"):
+        raise ConfigError(
+            f"optimizer.loraplus_lr_ratio is {ratio!r}, which is for lora and qlora, but the method is "
+            f"{config.method}. Fix: leave it out."
         )
 
 

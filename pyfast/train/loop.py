@@ -18,6 +18,7 @@ from pyfast.train import checkpoint as ckpt
 from pyfast.train.checkpoint import Checkpoint, Progress
 from pyfast.train.config import FinetuneConfig, ScheduleOptions, validate
 from pyfast.train.data import IGNORED, Batch, Data, Example, collate, load_data, step_indices
+from pyfast.train.exact_match import chosen, exact_match
 from pyfast.train.metrics import Metrics, say
 from pyfast.train.model import (
     Place,
@@ -28,10 +29,10 @@ from pyfast.train.model import (
     trainable_parameters,
     write_weights,
 )
+from pyfast.train.optim import check_optimizer, make_optimizer
 from pyfast.train.packing import check_packing, collate_packed, row_capacity
 from pyfast.train.run import (
     Result,
-    Samples,
     StopSignals,
     check_length,
     check_output,
@@ -42,6 +43,7 @@ from pyfast.train.run import (
     seed_everything,
     writing,
 )
+from pyfast.train.samples import Samples
 
 
 def finetune(config: FinetuneConfig) -> Result:
@@ -61,6 +63,7 @@ def finetune(config: FinetuneConfig) -> Result:
     """
     validate(config)
     place = choose_place(config.run)
+    check_optimizer(config, place.device)
     output = check_output(config)
     config = replace(config, output_dir=str(output))
     checkpoint = ckpt.load(output / "checkpoints") if config.resume else None
@@ -97,12 +100,14 @@ def _train(trainer: Trainer) -> Result:
     ):
         if progress.step == 0:
             samples.ask(model, tokenizer, "before")
-            progress.eval_loss = progress.eval_loss_before = trainer.evaluate(metrics)
+            trainer.evaluate(metrics)
+            progress.eval_loss_before = progress.eval_loss
+            progress.exact_match_before = progress.exact_match
         while progress.step < trainer.total and stop.signal is None:
             metrics.train(progress.step + 1, trainer.step())
             last = progress.step == trainer.total
             if last or due(progress.step, config.run.eval_every):
-                progress.eval_loss = trainer.evaluate(metrics)
+                trainer.evaluate(metrics)
             if last or due(progress.step, config.run.save_every):
                 trainer.save()
         if stop.signal is not None:
@@ -154,23 +159,8 @@ class Trainer:
         )
         self.full = self.config.method == "sft"
         self.settings = resume_settings(self.config, self.place, self.data)
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(self.config, self.model, self.parameters)
         self.model.train()
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        options = self.config.optimizer
-        named = self.parameters.items()
-        # IA3's vectors have a second dimension of one; they start at one and must not shrink.
-        vectors = [p for name, p in named if p.ndim < 2 or ".ia3_l." in name]
-        matrices = [p for name, p in named if p.ndim >= 2 and ".ia3_l." not in name]
-        groups = [
-            {"params": matrices, "weight_decay": options.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(
-            groups, lr=self.config.peak_lr, betas=options.betas, eps=options.eps
-        )
 
     def step(self) -> dict[str, float]:
         """One optimiser step over all micro-batches.
@@ -207,7 +197,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise self._non_finite(f"the gradient's norm is {norm}", batch, rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens, seconds = sum(item.num_tokens for item in items), time.monotonic() - started
@@ -252,16 +242,20 @@ class Trainer:
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def evaluate(self, metrics: Metrics) -> float | None:
-        """Loss per answer token of the held-out records; None when there are none."""
+    def evaluate(self, metrics: Metrics) -> None:
+        """Loss per answer token of the held-out records, and how many of some are answered exactly, where
+        that is asked for; nothing when there are none."""
         items = sorted(self.data.evaluation.items, key=lambda item: item.num_tokens)
         if not items:
-            return None
+            return
         with evaluating(self.model):
             total = math.fsum(float(self._summed_loss(batch)) for batch in self._batches(items))
-        loss = total / sum(item.num_targets for item in items)
-        metrics.evaluation(self.progress.step, loss)
-        return loss
+        loss, match, run = total / sum(item.num_targets for item in items), None, self.config.run
+        if run.predict_with_generate:
+            asked = chosen(items, run.max_predict_samples, self.config.dataset.max_length)
+            match = exact_match(self.model, self.tokenizer, asked, run.max_new_tokens)
+        self.progress.eval_loss, self.progress.exact_match = loss, match
+        metrics.evaluation(self.progress.step, loss, match)
 
     def save(self) -> Path:
         """Write a checkpoint of the last finished step."""

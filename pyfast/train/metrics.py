@@ -70,10 +70,13 @@ class Metrics:
             minutes, seconds = divmod(round(left), 60)
             say(f"step {step}/{self._total}: {shown}, {minutes}:{seconds:02d} left")
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Record the held-out loss after `step` steps."""
-        self._write({"step": step, "eval_loss": loss}, "eval")
-        say(f"step {step}/{self._total}: held-out loss {loss:.4f}")
+    def evaluation(self, step: int, loss: float, match: float | None = None) -> None:
+        """Record the held-out loss after `step` steps, and the percentage of exact matches where it was
+        asked for."""
+        found = {} if match is None else {"eval_exact_match": match}
+        self._write({"step": step, "eval_loss": loss, **found}, "eval")
+        shown = "" if match is None else f", exact match {match:.1f} %"
+        say(f"step {step}/{self._total}: held-out loss {loss:.4f}{shown}")
 
     def _write(self, row: dict[str, float], group: str) -> None:
         self._stream.write(json.dumps(row) + "\n")

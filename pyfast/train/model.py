@@ -122,6 +122,7 @@ def method_config(config: FinetuneConfig, encoder_decoder: bool = False) -> Any:
         lora_dropout=options.dropout,
         target_modules=options.targets,
         use_rslora=options.rslora,
+        init_lora_weights=True if options.init == "kaiming" else options.init,
         use_dora=options.dora,
         **about,
     )
@@ -206,15 +207,20 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
     """The model's greedy answer to a prompt, through the chat template where there is one."""
-    inputs = _prompt(model, tokenizer, prompt)
+    return greedy(model, tokenizer, _prompt(model, tokenizer, prompt), max_new_tokens)
+
+
+def greedy(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int) -> str:
+    """The text of the likeliest tokens after `ids` [1, length], or of an encoder's answer to them."""
     # An encoder-decoder answers behind its start token alone.
-    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    start = 1 if model.config.is_encoder_decoder else ids.shape[1]
     if (positions := learned_positions(model)) is not None:
         max_new_tokens = min(max_new_tokens, positions + 1 - start)
     if max_new_tokens < 1:
         return ""
+    inputs, lengths = _inputs(model, tokenizer, ids), {"max_new_tokens": max_new_tokens}
     with evaluating(model):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, **lengths, do_sample=False, num_beams=1)
     return str(tokenizer.decode(output[0, start:], skip_special_tokens=True)).strip()
 
 
@@ -233,7 +239,7 @@ def stream_answer(
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
     with evaluating(model):
-        inputs = _prompt(model, tokenizer, prompt)
+        inputs = _inputs(model, tokenizer, _prompt(model, tokenizer, prompt))
         length, positions = inputs["input_ids"].shape[1], learned_positions(model)
         if positions is not None and length + max_new_tokens > positions + 1:
             room = positions + 1 - length
@@ -245,15 +251,22 @@ def stream_answer(
         model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
 
 
-def _prompt(model: Any, tokenizer: Any, prompt: str) -> dict[str, Any]:
-    """Arguments of `generate` that hold the prompt."""
+def _prompt(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Tokens [1, length] of a prompt."""
     special = True
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         special = False  # the template has written them
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=special)["input_ids"]
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=special)[
+        "input_ids"
+    ]
     check_vocabulary(model, tokenizer, max(ids[0].tolist(), default=0))
+    return ids
+
+
+def _inputs(model: Any, tokenizer: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Arguments of `generate` that hold the prompt."""
     ids = ids.to(model.device)
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **ends}

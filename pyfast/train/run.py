@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the loop: output directory, seeds, signals, sample answers, the closing report."""
+"""What surrounds the loop: output directory, seeds, signals, the closing report."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ from pyfast.train.config import FinetuneConfig, to_dict
 from pyfast.train.data import Data
 from pyfast.train.default_model import NAME
 from pyfast.train.metrics import plot_losses, say
-from pyfast.train.model import Place, answer, write_weights
+from pyfast.train.model import Place, write_weights
+from pyfast.train.samples import Samples
 
 # Settings a resumed run may change: they decide what is shown and kept, not what is learned.
-_FREE = ("eval_every", "save_every", "keep_last", "log_every", "samples", "device", "dtype")
+_FREE = (
+    *("eval_every", "save_every", "keep_last", "log_every", "samples", "device", "dtype"),
+    *("predict_with_generate", "max_predict_samples", "max_new_tokens"),
+)
 # Methods whose adapters are no part of weights.
 _UNMERGED = ("p-tuning", "adapters")
 
@@ -52,6 +56,9 @@ class Result:
         eval_loss_before: Held-out loss before the first step; None without held-out records.
         eval_loss: Held-out loss after the last step.
         samples: For some held-out questions: prompt, reference, before, after.
+        exact_match_before: Percentage of held-out records answered exactly before the first step; None where
+            that was not asked for.
+        exact_match: The same after the last step.
     """
 
     output_dir: Path
@@ -61,6 +68,8 @@ class Result:
     eval_loss_before: float | None
     eval_loss: float | None
     samples: list[dict[str, str]]
+    exact_match_before: float | None = None
+    exact_match: float | None = None
 
 
 def check_output(config: FinetuneConfig) -> Path:
@@ -310,38 +319,6 @@ def _weights_flags(config: FinetuneConfig, model: Any, weights: Path) -> str:
     return flags
 
 
-class Samples:
-    """Answers to a few held-out questions before and after training, kept in samples.json."""
-
-    def __init__(self, count: int, data: Data, output: Path) -> None:
-        self._file = output / "samples.json"
-        self.rows: list[dict[str, str]] = []
-        if self._file.exists():  # a resumed run keeps its answers from before
-            self.rows = json.loads(self._file.read_text(encoding="utf-8"))
-            return
-        prompts: set[str] = set()
-        items = data.evaluation.items
-        # Spread over the held-out records, each question once, single turns only.
-        for item in items[:: max(1, len(items) // max(1, count))]:
-            record = item.record
-            if len(self.rows) < count and len(record.turns) == 2 and record.prompt not in prompts:
-                prompts.add(record.prompt)
-                self.rows.append({"prompt": record.prompt, "reference": record.answer})
-
-    def ask(self, model: Any, tokenizer: Any, when: str) -> None:
-        """Answer every question; `when` is "before" or "after"."""
-        for row in self.rows:
-            row[when] = answer(model, tokenizer, row["prompt"])
-        self._file.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False), encoding="utf-8")
-
-    def show(self) -> None:
-        """Print question, both answers and the reference."""
-        for row in self.rows:
-            say(f"\nQ: {row['prompt']}")
-            for name in ("before", "after", "reference"):
-                say(f"   {name + ':':<10} {' '.join(row.get(name, '').split())}")
-
-
 def finish(
     config: FinetuneConfig,
     output: Path,
@@ -372,6 +349,8 @@ def finish(
         progress.eval_loss_before,
         progress.eval_loss,
         samples.rows,
+        progress.exact_match_before,
+        progress.exact_match,
     )
     summary = {**asdict(progress), "weights": kind}
     (output / "result.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -380,6 +359,10 @@ def finish(
     if progress.eval_loss is not None and progress.eval_loss_before is not None:
         say(
             f"Held-out loss: {progress.eval_loss_before:.4f} before, {progress.eval_loss:.4f} after."
+        )
+    if progress.exact_match is not None and progress.exact_match_before is not None:
+        say(
+            f"Exact match:   {progress.exact_match_before:.1f} % before, {progress.exact_match:.1f} % after."
         )
     say(
         f"{kind.capitalize()}:  {weights}\nLoss curve: {curve}\nTensorBoard: tensorboard --logdir {output}"

@@ -143,7 +143,7 @@ UNSERVED = {
     "layer_replication": {"layer_replication": [(0, 2), (1, 2)]},
     "megatron_config": {"megatron_config": {"tensor_model_parallel_size": 1}},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
-    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "init_lora_weights": {"init_lora_weights": "olora"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
 }
 

@@ -21,6 +21,10 @@ from tests.matrix import references
 from tests.models import plain
 
 RANK = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
+EXPERTS = RANK | {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
 
 
 def _save(model: nn.Module, directory: Path) -> None:
@@ -48,6 +52,7 @@ class Method:
         merges: whether `pyfast.merge` applies.
         exact: whether float64 models compute in float64.
         shake: how far values must be changed to tell a merged model from its base.
+        variants: the variants it is for; None for all.
     """
 
     config: Callable[[], Any]
@@ -62,6 +67,7 @@ class Method:
     merges: bool = True
     exact: bool = True
     shake: float = 0.05
+    variants: tuple[str, ...] | None = None
 
 
 def dequantised(model: nn.Module, fresh: nn.Module) -> nn.Module:
@@ -82,6 +88,10 @@ def _peft_lora(base: nn.Module) -> nn.Module:
         options["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     transposed = any(isinstance(module, Conv1D) for module in base.modules())
     return peft.get_peft_model(base, peft.LoraConfig(fan_in_fan_out=transposed, **options))
+
+
+def _peft_experts(base: nn.Module) -> nn.Module:
+    return peft.get_peft_model(base, peft.LoraConfig(**EXPERTS))
 
 
 def _trainable(base: nn.Module) -> nn.Module:
@@ -118,6 +128,23 @@ METHODS: dict[str, Method] = {
         prepare=pyfast.quantize,
         oracle_load=peft.PeftModel.from_pretrained,
         exact=False,
+    ),
+    "LoRA with experts": Method(
+        config=lambda: pyfast.LoraConfig(**EXPERTS),
+        oracle=_peft_experts,
+        trains=lambda name: ".lora_" in name,
+        oracle_load=peft.PeftModel.from_pretrained,
+        variants=("mixtral",),
+    ),
+    "QLoRA with experts": Method(
+        config=lambda: pyfast.LoraConfig(**EXPERTS),
+        oracle=_peft_experts,
+        trains=lambda name: ".lora_" in name,
+        prepare=pyfast.quantize,
+        oracle_load=peft.PeftModel.from_pretrained,
+        merges=False,
+        exact=False,
+        variants=("mixtral",),
     ),
     "IA3": Method(
         config=pyfast.IA3Config,

@@ -43,8 +43,8 @@ def test_target_texts():
     )
     assert text(target_modules=["xyzzy"]) == (
         "[PF001] target_modules: 'xyzzy' matches no module of LlamaForCausalLM (1 of 1 names). "
-        "Nothing was changed. Names it has: ['down_proj', 'gate_proj', 'k_proj', 'layers', "
-        "'lm_head', 'mlp', 'model', 'o_proj', 'q_proj', 'self_attn', 'up_proj', 'v_proj'], or "
+        "Nothing was changed. Names it has: ['down_proj', 'embed_tokens', 'gate_proj', 'k_proj', "
+        "'layers', 'lm_head', 'mlp', 'model', 'o_proj', 'q_proj', 'self_attn', 'up_proj'], or "
         "allow_unmatched=True"
     )
     assert text(modules_to_save=["lm_hed"]) == (
@@ -118,7 +118,7 @@ def test_allow_unmatched():
 
 def test_other_kinds_of_modules():
     model = llama()
-    for name, kind in (("embed_tokens", "Embedding"), ("self_attn", "LlamaAttention")):
+    for name, kind in (("1.input_layernorm", "LlamaRMSNorm"), ("self_attn", "LlamaAttention")):
         config = LoraConfig(target_modules=["q_proj", name])
         message = refused(
             model, UnsupportedError, lambda config=config: pyfast.apply(model, config)
@@ -176,7 +176,7 @@ CONFIGS = [
     (ConfigError, {"lora_dropout": "x"}, "lora_dropout='x' must be in [0, 1)"),
     (UnsupportedError, {"bias": "all"}, "bias='all' is not served; use bias='none'"),
     (ConfigError, {"use_dora": 1}, "use_dora=1 must be True or False"),
-    (UnsupportedError, {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not served"),
+    (UnsupportedError, {"init_lora_weights": "olora"}, "init_lora_weights='olora' is not served"),
 ]
 
 

@@ -278,7 +278,7 @@ def test_experts_and_routers_that_all_linear_leaves_out_are_told(prepare):
         "down_proj of 'model.layers.0.mlp.experts') and 2 routers (first: 'model.layers.0.mlp.gate') of "
         "MixtralForCausalLM stay as they are. PEFT's 'all-linear' adapts them too in models whose experts "
         "it knows, Mixtral among them. Fix: name the layers in target_modules, which leaves these out "
-        "without this warning"
+        "without this warning; target_parameters or 'experts' among the names adapts experts"
     ]
 
 
