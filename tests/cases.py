@@ -109,20 +109,21 @@ def _lora_group(count, m):
         others = [lora_args(m, 8, 16, 5, device, dtype)[1:5] for _ in range(count - 1)]
         members = [first, *([t if t is None else t.detach() for t in each] for each in others)]
         members += [[None] * 4] * (3 - count)
-        return (x, *(member[i] for i in range(4) for member in members), [0.75] * count)
+        kinds = (member[i] for i in range(4) for member in members)
+        return (x, *kinds, *[None] * 9, [0.75] * count, 64)
 
     return make
 
 
 def _lora_group_backward(m, wanted):
     def make(device, dtype):
-        x, *rest, scales = (
+        x, *rest, scales, blocksize = (
             t.detach() if isinstance(t, torch.Tensor) else t
             for t in _lora_group(3, m)(device, dtype)
         )
         dys = [seeded((*m, n), seed=6, dtype=dtype, device=device) for n in (12, 8, 8)]
         z = seeded((x.numel() // 16, 24), seed=7, dtype=dtype, device=device)
-        return (*dys, x, z, *rest[:3], *rest[6:], scales, wanted)
+        return (*dys, x, z, *rest[:3], *rest[6:], scales, blocksize, wanted)
 
     return make
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.nn.adapter_layer import has_hooks
-from pyfast.nn.weight import DenseWeight, weight_of
+from pyfast.nn.weight import DenseWeight, NF4Weight, weight_of
 from pyfast.ops._scratch import raw_stream
 from pyfast.ops.lora_group import lora_group
 
@@ -31,9 +31,9 @@ State = tuple[Any, ...]
 
 
 class Part(NamedTuple):
-    """A linear layer that is one LoRA product over a dense weight."""
+    """A linear layer that is one LoRA product over a dense or NF4 weight."""
 
-    weight: DenseWeight
+    weight: DenseWeight | NF4Weight
     a: Tensor
     b: Tensor
     scale: float
@@ -43,23 +43,41 @@ class Part(NamedTuple):
 
     def fits(self, other: Part) -> bool:
         """Whether the two can be computed together if they have one input."""
-        mine, theirs = self.weight.tensor, other.weight.tensor
+        mine, theirs = self.weight, other.weight
+        if isinstance(mine, NF4Weight) and isinstance(theirs, NF4Weight):
+            alike = (mine.blocksize, mine.compute_dtype) == (theirs.blocksize, theirs.compute_dtype)
+        else:
+            alike = type(mine) is type(theirs) and mine.dtype is theirs.dtype
         return (
-            mine.shape[1] == theirs.shape[1]
-            and mine.dtype is theirs.dtype
+            alike
+            and mine.in_features == theirs.in_features
             and mine.device == theirs.device
             and self.scale == other.scale
         )
 
+    @property
+    def tensor(self) -> Tensor:
+        """The dense weight, or the NF4 one's bytes."""
+        weight = self.weight
+        return weight.packed if isinstance(weight, NF4Weight) else weight.tensor
+
+    def scales(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """An NF4 weight's, as `lora_group` takes them."""
+        weight = self.weight
+        if not isinstance(weight, NF4Weight):
+            return None
+        return weight.absmax, weight.nested_absmax, weight.nested_offset
+
     def state(self) -> State:
         """What changes if what the output depends on is changed or replaced."""
-        weight, a, b, bias = self.weight.tensor, self.a, self.b, self.weight.bias
+        weight, a, b, bias = self.tensor, self.a, self.b, self.weight.bias
         return (
             self.scale, self.drops,
             weight.data_ptr(), weight._version, weight.requires_grad,
             a.data_ptr(), a._version, a.requires_grad,
             b.data_ptr(), b._version, b.requires_grad,
             None if bias is None else (bias.data_ptr(), bias._version, bias.requires_grad),
+            *((part.data_ptr(), part._version) for part in self.scales() or () if part is not None),
         )  # fmt: skip
 
 
@@ -72,15 +90,21 @@ def part_of(
     dropout: float,
     drops: bool,
 ) -> Part | None:
-    """A layer's part; None where hooks watch it or its modules, where its weight is quantised, and where one
-    of its weights is no parameter but made anew for each use."""
+    """A layer's part; None where hooks watch it or its modules, where its weight is NF4 on the CPU (there
+    each is decoded in parts), and where one of its weights is no parameter but made anew for each use."""
     if has_hooks(layer) or has_hooks(base) or has_hooks(a) or has_hooks(b):
         return None
     weight, a_rk, b_nr = weight_of(base), a._parameters.get("weight"), b._parameters.get("weight")
-    if a_rk is None or b_nr is None or "weight" not in base._parameters:
+    if a_rk is None or b_nr is None:
+        return None
+    if isinstance(weight, NF4Weight):
+        tensor, served = weight.packed, weight.packed.is_cuda
+    elif isinstance(weight, DenseWeight):
+        tensor, served = weight.tensor, "weight" in base._parameters
+    else:
         return None
     # Changes to tensors made in inference mode would go unnoticed.
-    if not isinstance(weight, DenseWeight) or weight.tensor.is_inference():
+    if not served or tensor.is_inference():
         return None
     if a_rk.is_inference() or b_nr.is_inference():
         return None
@@ -99,7 +123,7 @@ class GroupMember:
         raise NotImplementedError
 
     def lora_part(self) -> Part | None:
-        """This layer as it is now; None if it is anything but one LoRA product over a dense weight."""
+        """This layer as it is now; None if it is anything but one LoRA product."""
         raise NotImplementedError
 
     def live_group(self) -> InputGroup | None:
@@ -201,14 +225,20 @@ def _taken(y: Tensor) -> None:
 
 
 def _compute(x: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:
-    return lora_group(
-        x,
-        [part.weight.tensor for part in parts],
+    weight = parts[0].weight
+    quantized = isinstance(weight, NF4Weight)
+    inner = x.to(weight.compute_dtype or x.dtype) if isinstance(weight, NF4Weight) else x
+    ys = lora_group(
+        inner,
+        [part.tensor for part in parts],
         [part.a for part in parts],
         [part.b for part in parts],
         scales=[part.scale for part in parts],
         biases=[part.weight.bias for part in parts],
+        nf4=[part.scales() for part in parts] if quantized else None,
+        blocksize=weight.blocksize if isinstance(weight, NF4Weight) else 64,
     )
+    return ys if inner is x else tuple(y.to(x.dtype) for y in ys)
 
 
 def _state(x: Tensor) -> State | None:
@@ -265,8 +295,8 @@ def _forget(kept: weakref.ref[_Kept], *_: Any) -> None:
         found.state = None  # of a checkpointed region it holds the inputs
 
 
-def _is_dense(member: GroupMember) -> bool:
-    return isinstance(weight_of(member.frozen_layer()), DenseWeight)
+def _can_be_part(member: GroupMember) -> bool:
+    return isinstance(weight_of(member.frozen_layer()), DenseWeight | NF4Weight)
 
 
 def disband_groups(model: nn.Module) -> None:
@@ -281,12 +311,12 @@ def disband_groups(model: nn.Module) -> None:
 
 
 def form_groups(candidates: Iterable[Mapping[str, nn.Module]]) -> None:
-    """Make groups of the layers over dense weights among modules that read one input, given by name.
+    """Make groups of the layers over dense and NF4 weights among modules that read one input, given by name.
 
     A layer that is found twice, since it serves in several places, stays alone with its company.
     """
     found = [
-        {name: m for name, m in each.items() if isinstance(m, GroupMember) and _is_dense(m)}
+        {name: m for name, m in each.items() if isinstance(m, GroupMember) and _can_be_part(m)}
         for each in candidates
     ]
     uses = Counter(id(member) for members in found for member in members.values())

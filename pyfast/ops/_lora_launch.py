@@ -4,7 +4,7 @@
 One call into C++ a direction. Where torch's GEMM is the better one, or ours cannot run, the products with
 W go through it and C++ makes those with A and B.
 
-Above `_FEW_RANKS` ranks torch makes the products of A and B's size, unless there is dropout or the GEMM makes
+Above `FEW_RANKS` ranks torch makes the products of A and B's size, unless there is dropout or the GEMM makes
 them: from 32 ranks on its kernels read x and dy at the speed of memory, where ours are bound by `mma.sync`
 (8192 x 4096, 64 ranks: 27 and 41 us). Not for few rows: launches decide there, and torch may add up the parts
 of a split product in half precision.
@@ -30,7 +30,7 @@ _MAX_ROWS = 64 << 16
 """Each 64 rows have a counter; the kernels have 2^17 in all (csrc/lora/lora.h), half of them for these."""
 
 
-_FEW_RANKS, _MANY_ROWS = 16, 1024
+FEW_RANKS, MANY_ROWS = 16, 1024
 
 
 def padded(rank: int) -> int:
@@ -97,7 +97,7 @@ def plan(
         return Plan(reason)
     (r, k), n = a.shape, b.shape[0]
     device, m = x.device.index, x.numel() // k
-    w_in_place, by_out, pitch_w = (True, True, k) if quantized else _stored(weight)
+    w_in_place, by_out, pitch_w = (True, True, k) if quantized else stored(weight)
     counters = 4 * _extension.C.lora_counters
     gemm, why = "", ""
     if m and want_x:
@@ -106,9 +106,9 @@ def plan(
         )
         if not quantized and weight.data_ptr() % 16:
             gemm, why = "", "the weight does not begin on 16 bytes"
-    dy_in_place, pitch_dy = (True, n) if grad_y is None else _in_place(grad_y, n)
-    x_in_place, pitch_x = _in_place(x, k)
-    many = r > _FEW_RANKS and r % 8 == 0 and m >= _MANY_ROWS
+    dy_in_place, pitch_dy = (True, n) if grad_y is None else in_place(grad_y, n)
+    x_in_place, pitch_x = in_place(x, k)
+    many = r > FEW_RANKS and r % 8 == 0 and m >= MANY_ROWS
     return Plan(
         "",
         device,
@@ -132,7 +132,7 @@ def plan(
     )
 
 
-def _in_place(tensor: Tensor, columns: int) -> tuple[bool, int]:
+def in_place(tensor: Tensor, columns: int) -> tuple[bool, int]:
     """Whether [..., columns] lies as rows in 16-byte units at a fixed pitch; that pitch, or a copy's."""
     matrix = tensor.reshape(tensor.numel() // columns, columns)
     pitch, step = matrix.stride()
@@ -141,7 +141,7 @@ def _in_place(tensor: Tensor, columns: int) -> tuple[bool, int]:
     return fits, pitch if fits else columns
 
 
-def _stored(weight: Tensor) -> tuple[bool, bool, int]:
+def stored(weight: Tensor) -> tuple[bool, bool, int]:
     """Whether W [N, K] can be read as it lies, whether by out feature, and the pitch; or a copy's."""
     (n, k), (down, across) = weight.shape, weight.stride()
     if across == 1 and down >= k:
@@ -151,12 +151,12 @@ def _stored(weight: Tensor) -> tuple[bool, bool, int]:
     return False, True, k
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
     """Contiguous, on 16 bytes."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def as_matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
@@ -195,7 +195,7 @@ _alone = True
 """What C++ was told last by `_share_device`."""
 
 
-def _share_device() -> None:
+def share_device() -> None:
     """Let a GEMM take its SMs all at once only where no peer's answer can hold some of them."""
     global _alone
     alone = not (distributed.is_available() and distributed.is_initialized())
@@ -210,7 +210,7 @@ def _problem(
     b: Tensor | None, scale: float, dropout: float, seed: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The arguments that both directions share."""
-    _share_device()
+    share_device()
     counters = space.data_ptr()
     return (
         plan.device, stream, *plan.sizes, x.data_ptr(), plan.pitch_x,
@@ -232,18 +232,18 @@ def forward(
     if m == 0:
         return x.new_empty(shape), z
     if not plan.x_in_place:
-        x = _copied(x)
+        x = copied(x)
     if not plan.factors_in_place:
         a, b = a.contiguous(), b.contiguous()
     if not plan.bias_in_place:
-        bias = _copied(bias)  # type: ignore[arg-type]
+        bias = copied(bias)  # type: ignore[arg-type]
     given = plan.torch_low and dropout == 0.0
     if given:
-        low_rank(z, _matrix(x), a.t(), scale)
+        low_rank(z, as_matrix(x), a.t(), scale)
     stream, served = raw_stream(plan.device), "lora_linear_torch"
     with scratch_lock:
         w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
-        y = x.new_empty(*shape) if plan.gemm else F.linear(_matrix(x), w, bias)
+        y = x.new_empty(*shape) if plan.gemm else F.linear(as_matrix(x), w, bias)
         if plan.gemm or not given:
             space = workspace(x, stream, plan.space, plan.counters)
             served = _extension.C.lora_forward(
@@ -268,14 +268,14 @@ def backward(
     want_x, want_w, want_a, want_b = wanted
     _, _, m, _, _, r = plan.sizes
     if not plan.x_in_place:
-        x = _copied(x)
+        x = copied(x)
     if not plan.dy_in_place:
-        grad_y = _copied(grad_y)
+        grad_y = copied(grad_y)
     if not plan.factors_in_place:
         a, b = a.contiguous(), b.contiguous()
     make = torch.empty_like if m else torch.zeros_like
     given, composed = (dropout == 0.0 and each for each in (plan.torch_low, plan.torch_grads))
-    x_mk, dy_mn = _matrix(x), _matrix(grad_y)
+    x_mk, dy_mn = as_matrix(x), as_matrix(grad_y)
     grad_a = make(a) if want_a and not composed else a.new_empty(0)
     grad_b = make(b) if want_b and not composed else b.new_empty(0)
     grad_w = torch.mm(dy_mn.t(), x_mk) if want_w else x.new_empty(0)

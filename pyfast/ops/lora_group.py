@@ -7,6 +7,8 @@ Letters as in `lora`; member i has W_i [N_i, K], A_i [R_i, K], B_i [N_i, R_i] an
     dz_i = s_i dy_i B_i        dx   = sum_i dy_i W_i + dz_i A_i
     dA_i = dz_i^T x            dB_i = dy_i^T z_i
 
+A W_i may be NF4: its bytes, with the parts of its scales after the B_i, as in `lora_linear`.
+
 x is read once for all z_i and once for all dA_i, and dx is summed in one tensor. All z_i lie side by side
 in z, each from a multiple of 8 columns on, with zeros between. There is no dropout here: each adapter
 would draw a mask of its own.
@@ -25,10 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfast.ops import _check, _library, _lora_group_launch
+from pyfast.ops import _check, _library, _lora_group_launch, _lora_group_plan
 from pyfast.ops._autocast import cast_for_autocast
-from pyfast.ops._lora_group_launch import MOST, columns, members, stacked
+from pyfast.ops._lora_group_plan import MOST, columns, members, stacked
 from pyfast.ops.lora import _COMPUTE, _scaled_product
+from pyfast.ops.nf4 import nf4_dequantize
+
+_NF4 = "Tensor? absmax, Tensor? nested_absmax, Tensor? offset"
 
 
 def _schema(kinds: str) -> str:
@@ -42,24 +47,28 @@ def _schema(kinds: str) -> str:
 
 
 def _check_group(*args: Any) -> None:
-    x, scales = args[0], args[-1]
-    weights, biases, a, b = members(args[1:-1])
+    x, scales, blocksize = args[0], args[-2], args[-1]
+    weights, biases, a, b, *nf4 = members(args[1:-2])
     _check.check_dtype("lora_group", "x", x, _COMPUTE)
     k = _check.features("lora_group", "x", x)
     if len(scales) != len(weights):
         raise ValueError(
             f"lora_group: {len(weights)} linears need as many scales, got {len(scales)}"
         )
-    for i, member in enumerate(zip(weights, biases, a, b, strict=True)):
+    for i, member in enumerate(zip(weights, biases, a, b, zip(*nf4, strict=True), strict=True)):
         if not _fits(x, k, *member):
-            _check_member(i, x, k, *member)
+            _check_member(i, x, k, blocksize, *member)
 
 
-def _fits(x: Tensor, k: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor, b_nr: Tensor) -> bool:
+def _fits(
+    x: Tensor, k: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor, b_nr: Tensor,
+    nf4: tuple[Tensor | None, ...],
+) -> bool:  # fmt: skip
     """Whether `_check_member` has nothing to say; its texts would cost 5 us a member."""
     device, dtype = x.device, x.dtype
     return (
-        a_rk is not None
+        nf4[0] is None
+        and a_rk is not None
         and b_nr is not None
         and a_rk.device == b_nr.device == w_nk.device == device
         and a_rk.dim() == b_nr.dim() == 2
@@ -76,8 +85,9 @@ def _fits(x: Tensor, k: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor, b_
 
 
 def _check_member(
-    i: int, x: Tensor, k: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor, b_nr: Tensor
-) -> None:
+    i: int, x: Tensor, k: int, blocksize: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor,
+    b_nr: Tensor, nf4: tuple[Tensor | None, ...],
+) -> None:  # fmt: skip
     op, weight, a, b = "lora_group", f"weights[{i}]", f"a[{i}]", f"b[{i}]"
     if a_rk is None or b_nr is None:
         raise ValueError(f"{op}: {weight} needs {a} and {b}")
@@ -86,8 +96,13 @@ def _check_member(
     r, n = _check.rows(op, a, a_rk), _check.rows(op, b, b_nr)
     _check.check_shape(op, a, a_rk, (r, k))
     _check.check_shape(op, b, b_nr, (n, r))
-    _check.check_shape(op, weight, w_nk, (n, k))
-    _check.check_dtype(op, weight, w_nk, (x.dtype,))
+    absmax, nested_absmax, offset = nf4
+    if absmax is None:
+        _check.check_shape(op, weight, w_nk, (n, k))
+        _check.check_dtype(op, weight, w_nk, (x.dtype,))
+    else:
+        _check.check_same_device(op, x, **{f"absmax[{i}]": absmax})
+        _check.check_quantized(op, w_nk, absmax, n * k, blocksize, nested_absmax, offset)
     _check.check_dtype(op, a, a_rk, _COMPUTE)
     _check.check_dtype(op, b, b_nr, _COMPUTE)
     if bias is not None:
@@ -103,15 +118,30 @@ def _padded_outputs(ys: list[Tensor], z: Tensor) -> tuple[Tensor, ...]:
 def _group_fake(*args: Any) -> tuple[Tensor, ...]:
     _check_group(*args)
     x = args[0]
-    _, _, a, b = members(args[1:-1])
+    _, _, a, b, *_ = members(args[1:-2])
     ys = [x.new_empty((*x.shape[:-1], b_nr.shape[0])) for b_nr in b]
     return _padded_outputs(ys, x.new_empty((math.prod(x.shape[:-1]), columns(a)[-1])))
 
 
+def _dense(
+    x: Tensor, weights: Sequence[Tensor], b: Sequence[Tensor],
+    nf4: Sequence[Sequence[Tensor | None]], blocksize: int,
+) -> list[Tensor]:  # fmt: skip
+    """The W_i of x's dtype."""
+    return [
+        w_nk if absmax is None else nf4_dequantize(
+            w_nk, absmax, (b_nr.shape[0], x.shape[-1]), x.dtype, blocksize=blocksize,
+            nested_absmax=nested_absmax, nested_offset=offset,
+        )
+        for w_nk, b_nr, absmax, nested_absmax, offset in zip(weights, b, *nf4, strict=True)
+    ]  # fmt: skip
+
+
 def _group_reference(*args: Any) -> tuple[Tensor, ...]:
     _check_group(*args)
-    x, scales = args[0], args[-1]
-    weights, biases, a, b = members(args[1:-1])
+    x, scales = args[0], args[-2]
+    weights, biases, a, b, *nf4 = members(args[1:-2])
+    weights = _dense(x, weights, b, nf4, args[-1])
     x_mk = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     at = columns(a)
     if len(set(scales)) == 1:
@@ -137,14 +167,14 @@ def _padded_grads(x: Tensor, wanted: Sequence[bool], grads: Iterable[Tensor]) ->
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     x, wanted = args[MOST], args[-1]
-    like = itertools.compress((x, *args[MOST + 2 : -2]), wanted)
+    like = itertools.compress((x, *args[MOST + 2 :]), wanted)
     grads = [x.new_empty(tuple(tensor.shape), dtype=tensor.dtype) for tensor in like]
     return _padded_grads(x, wanted, grads)
 
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
-    x, z, scales, wanted = args[MOST], args[MOST + 1], args[-2], args[-1]
-    weights, a, b = members(args[MOST + 2 : -2])
+    x, z, scales, wanted = args[MOST], args[MOST + 1], args[-3], args[-1]
+    weights, a, b, *nf4 = members(args[MOST + 2 : -3])
     want_x, wants = wanted[0], members(wanted[1:], len(weights))
     m, at = z.shape[0], columns(a)
     x_mk = x.reshape(m, x.shape[-1])
@@ -156,6 +186,7 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
             dz_mr.addmm_(dy_mn, b[i].to(x.dtype), beta=0, alpha=scales[i])
     grads = []
     if want_x:
+        weights = _dense(x, weights, b, nf4, args[-2])
         grad_x = dz @ stacked(a, x.dtype)
         for i, dy_mn in dys.items():
             grad_x.addmm_(dy_mn, weights[i])
@@ -176,11 +207,11 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     return _padded_grads(x, wanted, grads)
 
 
-_backward_plan = _library.planned(_lora_group_launch.plan)
+_backward_plan = _library.planned(_lora_group_plan.plan)
 
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
-    plan = _backward_plan(args[MOST], tuple(args[-2]), *args[MOST + 2 : -2], *args[:MOST])
+    plan = _backward_plan(args[MOST], tuple(args[-3]), *args[MOST + 2 : -3], *args[:MOST])
     if plan.reason:
         result: tuple[Tensor, ...] = _library.fall_back("lora_group_backward", plan.reason, *args)
         return result
@@ -189,13 +220,18 @@ def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 _group_backward = _library.define(
     f"lora_group_backward({_schema('Tensor? grad_y')}, Tensor x, Tensor z, "
-    f"{_schema('Tensor weight, Tensor a, Tensor b')}, float[] scales, bool[] wanted) "
+    f"{_schema('Tensor weight, Tensor a, Tensor b, ' + _NF4)}, float[] scales, int blocksize, "
+    "bool[] wanted) "
     f"-> ({', '.join(['Tensor'] * (1 + 3 * MOST))})",
     fake=_backward_fake,
     reference=_backward_reference,
     kernel=_backward_kernel,
     devices=("CUDA",),
 )
+
+
+_KINDS = 7
+"""Of arguments that come for every member."""
 
 
 class _Held(NamedTuple):
@@ -225,10 +261,10 @@ class _LoraGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, below, *args):  # type: ignore[no-untyped-def]
         outputs = below(*args)
-        weights, _, a, b = (args[1 + i * MOST :][:MOST] for i in range(4))
-        ctx.save_for_backward(args[0], outputs[-1], *weights, *a, *b)
-        ctx.scales = args[-1]
-        _, want_x, *wants, _ = ctx.needs_input_grad
+        weights, _, a, b, *nf4 = (args[1 + i * MOST :][:MOST] for i in range(_KINDS))
+        ctx.save_for_backward(args[0], outputs[-1], *weights, *a, *b, *itertools.chain(*nf4))
+        ctx.scales, ctx.blocksize = args[-2:]
+        _, want_x, *wants = ctx.needs_input_grad[: 2 + 4 * MOST]
         idle = [
             y for i, y in enumerate(outputs[:MOST])
             if weights[i] is None or not (want_x or any(wants[i::MOST]))
@@ -256,30 +292,31 @@ class _LoraGroup(torch.autograd.Function):
         if ctx.held is not None:
             ctx.held.done.update(itertools.compress(range(MOST), here))
             ctx.held = ctx.held if len(ctx.held.done) < ctx.count else None
-        want_x, *rest = needs[1:-1]
+        want_x, *rest = needs[1 : 2 + 4 * MOST]
         rest = [want and here[i % MOST] for i, want in enumerate(rest)]
         want_bias = rest[MOST : 2 * MOST]
         wanted = [want_x, *rest[:MOST], *rest[2 * MOST :]]
         results = [None] * len(wanted)
         if any(wanted):
-            made = _group_backward(*dys, *saved, ctx.scales, wanted)
+            made = _group_backward(*dys, *saved, ctx.scales, ctx.blocksize, wanted)
             results = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
         biases = [
             dy.reshape(saved[1].shape[0], dy.shape[-1]).sum(0) if want else None
             for dy, want in zip(dys, want_bias, strict=True)
         ]
-        return (None, *results[: 1 + MOST], *biases, *results[1 + MOST :], None)
+        fixed = (None,) * ((_KINDS - 4) * MOST + 2)
+        return (None, *results[: 1 + MOST], *biases, *results[1 + MOST :], *fixed)
 
 
 @_library.planned
-def _forward_plan(*args: Any) -> _lora_group_launch.Plan:
+def _forward_plan(*args: Any) -> _lora_group_plan.Plan:
     _check_group(*args)
-    weights, _, a, b = (args[1 + i * MOST :][:MOST] for i in range(4))
-    return _lora_group_launch.plan(args[0], args[-1], *weights, *a, *b)
+    weights, _, *rest = (args[1 + i * MOST :][:MOST] for i in range(_KINDS))
+    return _lora_group_plan.plan(args[0], args[-2], *weights, *itertools.chain(*rest))
 
 
 def _group_kernel(*args: Any) -> tuple[Tensor, ...]:
-    plan = _forward_plan(*args[:-1], tuple(args[-1]))
+    plan = _forward_plan(*args[:-2], tuple(args[-2]), args[-1])
     if plan.reason:
         result: tuple[Tensor, ...] = _library.fall_back("lora_group", plan.reason, *args)
         return result
@@ -288,14 +325,18 @@ def _group_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 _group = _library.define(
-    f"lora_group(Tensor x, {_schema('Tensor weight, Tensor? bias, Tensor a, Tensor b')}, "
-    f"float[] scales) -> ({', '.join(['Tensor'] * (MOST + 1))})",
+    f"lora_group(Tensor x, {_schema('Tensor weight, Tensor? bias, Tensor a, Tensor b, ' + _NF4)}, "
+    f"float[] scales, int blocksize) -> ({', '.join(['Tensor'] * (MOST + 1))})",
     fake=_group_fake,
     reference=_group_reference,
     kernel=_group_kernel,
     devices=("CUDA",),
     autograd=_LoraGroup,
 )
+
+
+NF4Scales = tuple[Tensor, Tensor | None, Tensor | None]
+_DENSE = (None, None, None)
 
 
 def lora_group(
@@ -306,6 +347,8 @@ def lora_group(
     *,
     scales: Sequence[float],
     biases: Sequence[Tensor | None] | None = None,
+    nf4: Sequence[NF4Scales | None] | None = None,
+    blocksize: int = 64,
 ) -> tuple[Tensor, ...]:
     """y_i = x W_i^T + bias_i + scale_i x A_i^T B_i^T for two or three linears of one input.
 
@@ -313,31 +356,38 @@ def lora_group(
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
-        weights: each [N_i, K] of x's dtype.
+        weights: each [N_i, K] of x's dtype, or NF4 bytes uint8 [ceil(N_i K / 2), 1].
         a: each lora_A, [R_i, K].
         b: each lora_B, [N_i, R_i].
         scales: of each adapter.
         biases: each [N_i] or None.
+        nf4: for each NF4 weight its absmax, nested_absmax and nested_offset, as `lora_linear` has them.
+        blocksize: elements that share a scale.
 
     Returns:
         Each [..., N_i] of the compute dtype.
 
     Raises:
         ValueError: numbers, shapes or devices do not fit.
-        TypeError: a weight's dtype is not the compute dtype.
+        TypeError: a dense weight's dtype is not the compute dtype.
+        QuantStateError: an NF4 weight's parts do not fit [N_i, K].
     """
     count = len(weights)
     biases = (None,) * count if biases is None else biases
-    if not 2 <= count <= MOST or not count == len(a) == len(b) == len(biases):
-        got = ", ".join(str(len(each)) for each in (weights, a, b, biases))
+    nf4 = (None,) * count if nf4 is None else nf4
+    if not 2 <= count <= MOST or not count == len(a) == len(b) == len(biases) == len(nf4):
+        got = ", ".join(str(len(each)) for each in (weights, a, b, biases, nf4))
         raise ValueError(
-            f"lora_group: needs 2 to {MOST} weights and as many a, b and biases, got {got}"
+            f"lora_group: needs 2 to {MOST} weights and as many a, b, biases and nf4, got {got}"
         )
     x, *cast = cast_for_autocast(x, *weights, *biases)
     full = [None] * (MOST - count)
     biases = [None if bias is None else bias.to(x.dtype) for bias in cast[count:]]
+    scaled = itertools.chain(
+        *([*each, *full] for each in zip(*(s or _DENSE for s in nf4), strict=True))
+    )
     outputs = _group(
-        x, *cast[:count], *full, *biases, *full, *a, *full, *b, *full, tuple(scales)
+        x, *cast[:count], *full, *biases, *full, *a, *full, *b, *full, *scaled, tuple(scales), blocksize
     )  # fmt: skip
     ys: tuple[Tensor, ...] = outputs[:count]
     return ys

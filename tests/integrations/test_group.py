@@ -304,10 +304,10 @@ def test_the_report_names_the_groups(kind, dropout):
     assert "group=q_proj+k_proj+v_proj" in repr(layer)
 
 
-def test_quantised_models_have_none():
+def test_quantised_models_compute_their_own_on_the_cpu():
     model = pyfast.apply(pyfast.quantize(llama()), LoraConfig(target_modules="all-linear"))
     _, ran = calls(lambda: logits(model))
     assert ran["lora_group"] == 0
     assert ran["lora_linear"] == 14
-    assert not any(m.input_group for m in model.modules() if isinstance(m, GroupMember))
+    assert not any(m.company() for m in model.modules() if isinstance(m, GroupMember))
     assert {row.op for row in pyfast.accelerate(model).served} == {"lora_linear"}

@@ -114,4 +114,5 @@ def test_qlora(tmp_path):
         got = losses_and_adapter(ours)
     assert "reference" not in {name for _, name in ran}
     assert {name for op, name in ran if op == "nf4_dequantize"} == {"nf4_dequantize_cuda"}
+    assert {"lora_group", "lora_linear"} <= {op for op, _ in ran}
     assert_no_worse_than(got, losses_and_adapter(theirs), losses_and_adapter(exact))

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from pyfast import ops
+from pyfast.errors import QuantStateError
 from pyfast.ops import OPS
 from pyfast.ops.lora_group import lora_group
 from pyfast.testing import assert_accurate, seeded
+from tests.cases import packed
 from tests.ops.conftest import dispatched
 
 F = torch.nn.functional
@@ -109,6 +111,45 @@ def test_it_is_no_less_accurate_than_one_linear_after_the_other(adapter, device)
             theirs.shape, theirs.dtype, theirs.stride()
         )  # fmt: skip
         assert_accurate(mine, theirs, right, what=f"result {index}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("m", [(0,), (1,), (1300,)])
+def test_nf4_weights(m, nested, dtype, device):
+    x, w, a, b, t = operands(m=m, dtype=dtype, device=device)
+    parts = [packed(n, K, device, nested=nested) for n in OUT]
+    w = [
+        ops.nf4_dequantize(codes, absmax, (n, K), dtype, nested_absmax=inner, nested_offset=offset)
+        for n, (codes, absmax, inner, offset) in zip(OUT, parts, strict=True)
+    ]
+
+    def from_codes(x, w, a, b, t, scales):
+        codes, nf4 = [each[0] for each in parts], [tuple(each[1:]) for each in parts]
+        return list(lora_group(x, codes, a, b, scales=scales, biases=t, nf4=nf4))
+
+    tensors = (x, w, a, b, t)
+    dys = outputs_like(tensors)
+    got = results(from_codes, tensors, SCALES, dys)
+    plain = results(composition, tensors, SCALES, dys)
+    exact = results(composition, tensors, SCALES, dys, torch.float64)
+    for index, (mine, theirs, right) in enumerate(zip(got, plain, exact, strict=True)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert_accurate(mine, theirs, right, what=f"result {index}")
+
+
+def test_nf4_parts_that_do_not_fit():
+    x, w, a, b, _ = operands()
+    parts = [packed(n, K, "cpu", nested=False) for n in OUT]
+    codes, nf4 = [each[0] for each in parts], [(each[1], None, None) for each in parts]
+    nf4[1] = (nf4[1][0][:-1], None, None)
+    with pytest.raises(QuantStateError, match="lora_group: absmax"):
+        lora_group(x, codes, a, b, scales=SCALES, nf4=nf4)
+    with pytest.raises(
+        ValueError, match=r"weights\[0\] must have shape \[72, 130\], got \[4680, 1\]"
+    ):
+        lora_group(x, [codes[0], *w[1:]], a, b, scales=SCALES)
 
 
 @pytest.mark.parametrize("scales", [SCALES, (0.5, 1.7, 3.0)])
@@ -219,17 +260,28 @@ def raw(count, m=(2, 3), dtype=torch.float32, scales=SCALES):
     """Arguments of the raw op."""
     x, *lists = operands(count, m, dtype)
     w, a, b, t = ([*each, *[None] * (3 - count)] for each in lists)
-    return (x, *w, *t, *a, *b, list(scales[:count]))
+    return (x, *w, *t, *a, *b, *[None] * 9, list(scales[:count]), 64)
 
 
 def raw_backward(wanted, absent=(), dtype=torch.float32):
-    x, *rest, scales = raw(3, dtype=dtype)
+    x, *rest, scales, blocksize = raw(3, dtype=dtype)
     w, _, a, b = (rest[i * 3 :][:3] for i in range(4))
     dys = outputs_like((x, w))
     dys = [None if i in absent else dy for i, dy in enumerate(dys)]
     z = seeded((6, 128), seed=7, dtype=dtype)
-    args = (*dys, x, z, *w, *a, *b)
-    return (*(t if t is None else t.detach() for t in args), scales, wanted)
+    args = (*dys, x, z, *w, *a, *b, *[None] * 9)
+    return (*(t if t is None else t.detach() for t in args), scales, blocksize, wanted)
+
+
+def quantized(args, at, nested=True):
+    """The arguments of a raw op with NF4 in the place of the W_i, which begin at `at`."""
+    args, k = list(args), args[0 if at == 1 else 3].shape[-1]
+    for i in range(3):
+        codes, *scales = packed(args[at + i].shape[0], k, "cpu", nested=nested)
+        args[at + i] = codes
+        for j, part in enumerate(scales):
+            args[at + (12 if at == 1 else 9) + 3 * j + i] = part
+    return tuple(args)
 
 
 ALL = [True] * 10
@@ -240,6 +292,11 @@ CASES = {
     "empty": ("lora_group", raw(3, m=(0, 5))),
     "all": ("lora_group_backward", raw_backward(ALL)),
     "factors": ("lora_group_backward", raw_backward([False] * 4 + [True] * 6)),
+    "NF4": ("lora_group", quantized(raw(3), 1)),
+    "NF4, flat scales": ("lora_group", quantized(raw(3), 1, nested=False)),
+    "NF4 backward": (
+        "lora_group_backward", quantized(raw_backward([True] + [False] * 3 + [True] * 6), 5)
+    ),
     "absent": (
         "lora_group_backward", raw_backward([True] + [False, True, True] * 3, absent=(0,))
     ),
@@ -323,9 +380,9 @@ def test_error_texts(tensors, error, text):
 
 def test_numbers_that_do_not_fit():
     x, w, a, b, _ = operands()
-    with pytest.raises(ValueError, match=r"needs 2 to 3 weights .*, got 1, 1, 1, 1"):
+    with pytest.raises(ValueError, match=r"needs 2 to 3 weights .*, got 1, 1, 1, 1, 1"):
         lora_group(x, w[:1], a[:1], b[:1], scales=[1.0])
-    with pytest.raises(ValueError, match=r"needs 2 to 3 weights .*, got 3, 2, 3, 3"):
+    with pytest.raises(ValueError, match=r"needs 2 to 3 weights .*, got 3, 2, 3, 3, 3"):
         lora_group(x, w, a[:2], b, scales=SCALES)
     with pytest.raises(ValueError, match="3 linears need as many scales, got 2"):
         lora_group(x, w, a, b, scales=SCALES[:2])

@@ -11,6 +11,7 @@ import torch
 from pyfast import ops
 from pyfast.ops.lora_group import lora_group
 from pyfast.testing import seeded
+from tests.cases import packed
 from tests.ops.test_lora_cuda import HALVES, SCALE, SM90
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not SM90, reason="kernels for sm_90a")]
@@ -57,11 +58,12 @@ def operands(group, dtype, adapter_dtype=None, biases=False):
     return (x, w, a, b, t), dys
 
 
-def run(operands, dys, group=True):
+def run(operands, dys, group=True, nf4=None):
     """All y and the gradients of x, A and B, by the group or by plain torch in x's dtype."""
     x, w, a, b, t = operands
     if group:
-        ys = lora_group(x, w, a, b, scales=[SCALE] * len(w), biases=t)
+        codes, scales = (w, None) if nf4 is None else ([p[0] for p in nf4], [p[1:] for p in nf4])
+        ys = lora_group(x, codes, a, b, scales=[SCALE] * len(w), biases=t, nf4=scales)
     else:
         linear = torch.nn.functional.linear
         ys = [
@@ -85,11 +87,11 @@ def wide(operands):
     return double[0][0], *double[1:]
 
 
-def check(operands, dys):
-    """No worse than plain torch: root mean square by 1.1, maximum by 2 (few values: 3 and 4). Returns what ran."""
+def check(operands, dys, nf4=None):
+    """No worse than plain torch: root mean square by 1.1, maximum by 2 (few values: 3 and 4); what ran."""
     doubles = [None if dy is None else dy.double() for dy in dys]
     with ops.recorded_kernels() as ran:
-        got = run(operands, dys)
+        got = run(operands, dys, nf4=nf4)
     # By torch's products dx is rounded as often as in the plain composition, but in another order.
     slack = 1.1 if all(name.startswith("gemm_") for _, name in ran) else 1.25
     exact, plain = run(wide(operands), doubles, False), run(operands, dys, False)
@@ -130,6 +132,21 @@ def test_gemms_with_low_rank_operands_from_torch(group, dtype):
         ran = check(args, dys)
         assert [op for op, _ in ran] == ["lora_group", "lora_group_backward"]
         assert all(name.startswith("gemm_sm90_") and MAKING not in name for _, name in ran), ran
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("group", [GROUPS[0], GROUPS[3], MAKES[0], PLAIN[0]], ids=str)
+def test_nf4_weights(group, dtype):
+    (x, w, a, b, t), dys = operands(group, dtype, torch.float32, biases=True)
+    for nested in (False, True):
+        parts = [packed(*each.shape, "cuda", nested=nested) for each in w]
+        w = [
+            ops.nf4_dequantize(
+                codes, absmax, each.shape, dtype, nested_absmax=inner, nested_offset=offset
+            )
+            for each, (codes, absmax, inner, offset) in zip(w, parts, strict=True)
+        ]
+        check((x, w, a, b, t), dys, nf4=parts)
 
 
 @pytest.mark.parametrize("group", [GROUPS[0], MAKES[0], PLAIN[0]], ids=str)

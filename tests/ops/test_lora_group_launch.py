@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pyfast import ops
-from pyfast.ops import _lora_group_launch
+from pyfast.ops import _lora_group_fused, _lora_group_launch, _lora_group_plan
 from pyfast.testing import seeded
+from tests.cases import packed
 from tests.ops import lora_extension
 from tests.ops.lora_extension import DTYPES, at, inputs, use
 
@@ -111,13 +112,31 @@ def layers(request, monkeypatch):
     """`lora_group` by the launches for CUDA: with torch's GEMMs, with ours, with ours that make Z and dz."""
     extension = Extension(*request.param)
     use(extension, group, _lora_group_launch, monkeypatch)
-    monkeypatch.setattr(_lora_group_launch, "_MANY_ROWS", 2)
+    monkeypatch.setattr(_lora_group_fused, "raw_stream", lambda device: 0)
+    for module in (_lora_group_plan, _lora_group_fused):
+        monkeypatch.setattr(module, "MANY_ROWS", 2)
     monkeypatch.setattr(group, "_group_backward", group._backward_kernel)
 
-    def run(x, w, a, b, t, scale=SCALE):
+    def run(x, w, a, b, t, scale=SCALE, nf4=()):
         full = [None] * (3 - len(w))
+        parts = [[*each, *full] for each in zip(*nf4, strict=True)] or [[None] * 3] * 3
         scales = [scale] * len(w) if isinstance(scale, float) else scale
-        args = (x, *w, *full, *t, *full, *a, *full, *b, *full, scales)
+        args = (
+            x,
+            *w,
+            *full,
+            *t,
+            *full,
+            *a,
+            *full,
+            *b,
+            *full,
+            *parts[0],
+            *parts[1],
+            *parts[2],
+            scales,
+            64,
+        )
         return group._LoraGroup.apply(group._group_kernel, *args)[: len(w)]
 
     run.extension = extension
@@ -202,6 +221,25 @@ def test_layouts_of_the_weights_and_the_factors(layers):
     check(layers, (x, w, a, b, t), dys)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("ranks", [(3, 8, 12), (8, 16)])
+def test_nf4_weights(layers, ranks, nested):
+    (x, w, a, b, t), dys = operands(ranks=ranks)
+    parts = [packed(n, K, "cpu", nested=nested) for n in OUT[: len(ranks)]]
+    w = [
+        ops.nf4_dequantize(
+            codes, absmax, (n, K), x.dtype, nested_absmax=inner, nested_offset=offset
+        )
+        for n, (codes, absmax, inner, offset) in zip(OUT, parts, strict=False)
+    ]
+    codes, nf4 = [each[0] for each in parts], [each[1:] for each in parts]
+
+    def from_codes(x, w, a, b, t):
+        return layers(x, codes, a, b, t, nf4=nf4)
+
+    check(from_codes, (x, w, a, b, t), dys)
+
+
 @pytest.mark.parametrize("absent", [(0,), (2,), (0, 1)])
 def test_outputs_that_nobody_uses(layers, absent):
     tensors, dys = operands()
@@ -244,7 +282,8 @@ def test_what_the_kernels_do_not_take_is_composed(layers, change, reason):
     (x, w, a, b, t), dys = operands(**change)
     if mixed:
         a[1], b[1] = a[1].detach().bfloat16(), b[1].detach().bfloat16()
-    plan = group._forward_plan(x, *w, *t, *a, *b, (scale,) * 3 if scale == SCALE else tuple(scale))
+    scales = (scale,) * 3 if scale == SCALE else tuple(scale)
+    plan = group._forward_plan(x, *w, *t, *a, *b, *[None] * 9, scales, 64)
     assert plan.reason.startswith(reason)
     with ops.recorded_kernels() as ran:
         ys = layers(x, w, a, b, t, scale)

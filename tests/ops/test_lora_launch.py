@@ -22,7 +22,7 @@ def layer(request, monkeypatch):
     """`lora_linear` by the launches for CUDA, with our kernel for W, which may make z, or torch's."""
     extension = Extension("gemm" if "own" in request.param else "", "makes" in request.param)
     use(extension, lora, _lora_launch, monkeypatch)
-    monkeypatch.setattr(_lora_launch, "_MANY_ROWS", 2)
+    monkeypatch.setattr(_lora_launch, "MANY_ROWS", 2)
     monkeypatch.setattr(lora, "_lora_backward", lora._lora_backward_kernel)
 
     def run(x, w, a, b, *, bias=None, dropout=0.0, seed=None, absmax=None, inner=None, offset=None):
@@ -231,5 +231,5 @@ def test_gemms_take_whole_devices_only_where_no_peer_is_waited_for(monkeypatch):
         state = {"is_initialized": initialized, "get_world_size": size}
         for name, value in state.items():
             monkeypatch.setattr(_lora_launch.distributed, name, lambda value=value: value)
-        _lora_launch._share_device()
+        _lora_launch.share_device()
     assert told == [False, True]
