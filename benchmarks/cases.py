@@ -266,6 +266,7 @@ def all_cases(device: str) -> list[Case]:
         *_weights("nf4_quantize", matrices),
         *_weights("nf4_dequantize", matrices),
         *_nf4_linears(matrices, [1, 16, 64, 256], nested=False),
+        *_nf4_linears([*matrices, (4096, 14336)], [1, 16, 64, 128, 256], nested=True),
         *_nf4_linears(layers, [512, 2048, 8192], nested=True),
         *_loras("dense", [*layers, (6144, 4096)], rows, ranks, (0.0, DROPOUT)),
         *_loras("nf4", layers, [2048, 8192], [16, 64]),

@@ -76,7 +76,8 @@ def _in_block(
         return modules[i](inputs[i])
 
     def keep(x: Tensor) -> Tensor:
-        return F.dropout(torch.ones_like(x), case.dropout) != 0
+        kept = F.dropout(torch.ones_like(x), case.dropout) != 0
+        return kept.double() / (1 - case.dropout)
 
     step = step_of(mode, forward, leaves, dys)
     read = (lambda out: [tensor.squeeze(0) for tensor in out]) if batched else list
@@ -122,7 +123,7 @@ def _pyfast(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         return ops.lora_linear(o.x, weight, *o.factors["proj"], scale=SCALE, dropout=p, **o.scales)
 
     def keep(x: Tensor) -> Tensor:
-        return ops.dropout(torch.ones_like(x), p) != 0
+        return ops.dropout(torch.ones_like(x, dtype=torch.float32), p)
 
     return Prepared(step_of_one(mode, copies, forward), list, keep=keep if p else None)
 

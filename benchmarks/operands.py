@@ -141,8 +141,8 @@ def oracle(operands: Operands, mode: str, keep: Tensor | None = None) -> list[Te
     Args:
         operands: of the first copy.
         mode: fwd or fwdbwd.
-        keep: where the dropout of a LoRA linear keeps; the outputs of dropout itself are what it gives where
-            it keeps.
+        keep: what the dropout of a LoRA linear multiplies with; the outputs of dropout itself are what it
+            gives where it keeps.
     """
     if operands.case.adapted:
         return _lora_oracle(operands, mode, keep)
@@ -171,7 +171,7 @@ def _lora_oracle(operands: Operands, mode: str, keep: Tensor | None) -> list[Ten
     doubles = {path: (a.double(), b.double()) for path, (a, b) in operands.factors.items()}
     parameters = plain(block, doubles)
     if keep is not None:
-        scaled = keep.double() / (1 - case.dropout)
+        scaled = keep.double()
         for module in block.modules():
             if isinstance(module, PlainLora):
                 module.drop = lambda x: x * scaled

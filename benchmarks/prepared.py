@@ -26,8 +26,8 @@ class Prepared:
         step: does the work on copy i.
         read: the step's result as the tensors that the oracle has; None: it computes something else.
         around: runs what it is given with the provider's global settings in place.
-        keep: where dropout keeps a tensor's elements if it is drawn from the seed that the step begins with;
-            None: no dropout.
+        keep: what dropout multiplies a tensor's elements with if it is drawn from the seed that the step
+            begins with; None: no dropout.
         graphs: the step can be captured in a CUDA graph.
         facts: what the row says besides.
     """

@@ -84,6 +84,7 @@ def nf4_few_rows(
     k: int,
     dtype: int,
     blocksize: int,
+    early: bool,
     threads: int,
     stream: int,
     variant: str = "",

@@ -47,6 +47,30 @@ std::string_view dequantize(int device, std::uintptr_t packed, std::uintptr_t ab
                          {device, threads, pointer<void>(stream)}, variant);
 }
 
+std::string_view few_rows(int device, std::uintptr_t x, std::int64_t pitch_x, std::uintptr_t packed,
+                          std::uintptr_t absmax, std::uintptr_t nested_absmax,
+                          std::uintptr_t offset, std::uintptr_t bias, std::uintptr_t y,
+                          std::int64_t pitch_y, int m, int n, int k, int dtype, int blocksize,
+                          bool early, int threads, std::uintptr_t stream,
+                          const std::string& variant) {
+  return nf4::few_rows({.x = pointer<const void>(x),
+                        .packed = pointer<const std::uint8_t>(packed),
+                        .absmax = pointer<const void>(absmax),
+                        .nested_absmax = pointer<const float>(nested_absmax),
+                        .offset = pointer<const float>(offset),
+                        .bias = pointer<const void>(bias),
+                        .y = pointer<void>(y),
+                        .pitch_x = pitch_x,
+                        .pitch_y = pitch_y,
+                        .m = m,
+                        .n = n,
+                        .k = k,
+                        .dtype = static_cast<DType>(dtype),
+                        .blocksize = blocksize,
+                        .early = early},
+                       {device, threads, pointer<void>(stream)}, variant);
+}
+
 }  // namespace
 
 void bind_nf4(py::module_& m) {
@@ -63,6 +87,12 @@ void bind_nf4(py::module_& m) {
         py::arg("out"), py::arg("dtype"), py::arg("first_block"), py::arg("numel"),
         py::arg("blocksize"), py::arg("threads"), py::arg("stream"), py::arg("variant") = "",
         "Write numel elements from block first_block on to out. Returns the kernel's name.");
+  m.def("nf4_few_rows", &few_rows, Unlocked(), py::kw_only(), py::arg("device"), py::arg("x"),
+        py::arg("pitch_x"), py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
+        py::arg("offset"), py::arg("bias"), py::arg("y"), py::arg("pitch_y"), py::arg("m"),
+        py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("blocksize"), py::arg("early"),
+        py::arg("threads"), py::arg("stream"), py::arg("variant") = "",
+        "y[m, n] = x[m, k] W^T + bias from the packed W [n, k]. Returns the kernel's name.");
 }
 
 }  // namespace pyfast

@@ -13,7 +13,8 @@ py::list variants(const std::string& op) {
   if (rows.empty()) rows = dropout::variants(op);
   if (rows.empty()) rows = lora::variants(op);
   PYFAST_CHECK(!rows.empty(), "variants: there is no op \"", op,
-               "\"; there are nf4_quantize, nf4_nest, nf4_dequantize, dropout and lora_linear");
+               "\"; there are nf4_quantize, nf4_nest, nf4_dequantize, nf4_few_rows, dropout and "
+               "lora_linear");
   py::list list;
   for (const VariantInfo& row : rows) {
     py::dict item;

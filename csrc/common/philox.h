@@ -19,9 +19,9 @@ inline constexpr std::uint32_t kPhiloxMultiplier0 = 0xD2511F53U, kPhiloxMultipli
 inline constexpr std::uint32_t kPhiloxKeyStep0 = 0x9E3779B9U, kPhiloxKeyStep1 = 0xBB67AE85U;
 inline constexpr int kPhiloxRounds = 7;
 
-// One block draws 16 bits for each of so many columns.
-inline constexpr int kMaskColumns = 8;
-// A threshold that drops everything: 16 bits are always below it.
+// A word of the mask has a bit for each of so many columns of a row.
+inline constexpr int kMaskColumns = 32;
+// A threshold that drops everything: numbers of 16 bits are always below it.
 inline constexpr std::uint32_t kMaskLevels = 1U << 16;
 
 struct PhiloxBlock {
@@ -71,18 +71,57 @@ struct MaskSeed {
         offset1(static_cast<std::uint32_t>(static_cast<std::uint64_t>(seed[1]) >> 32)) {}
 };
 
-// Bit i is set where column kMaskColumns * group + i of the row is kept.
-PYFAST_INLINE PYFAST_HOST_DEVICE std::uint32_t keep_bits(const MaskSeed& seed, std::uint32_t row,
-                                                         std::uint32_t group,
-                                                         std::uint32_t threshold) {
-  const PhiloxBlock block =
-      philox4x32({{row, group, seed.offset0, seed.offset1}}, seed.key0, seed.key1);
-  std::uint32_t bits = 0;
-  for (int i = 0; i < 4; ++i) {
-    bits |= ((block.words[i] & 0xFFFFU) >= threshold ? 1U : 0U) << 2 * i;
-    bits |= ((block.words[i] >> 16) >= threshold ? 2U : 0U) << 2 * i;
+// Each element has a number of 16 random bits and is kept where that is not below the threshold. 32
+// of them are compared at once, bit by bit from the lowest: a bit of `keep` says whether a number's
+// bits so far are not below the threshold's. What depends on the threshold alone is here.
+struct MaskLevel {
+  std::uint32_t begin;  // `keep` ahead of the first bit
+  std::uint32_t bits;   // where the low byte is 0, that of the numbers decides nothing
+  std::uint32_t high_zeros[8];
+
+  PYFAST_INLINE PYFAST_HOST_DEVICE explicit MaskLevel(std::uint32_t threshold = 0)
+      : begin(threshold < kMaskLevels ? 0xFFFFFFFFU : 0U),
+        bits(threshold < kMaskLevels ? threshold : kMaskLevels - 1) {
+    for (int i = 0; i < 8; ++i) high_zeros[i] = zeros(8 + i);
   }
-  return bits;
+  // Ones where this bit of the threshold is 0.
+  PYFAST_INLINE PYFAST_HOST_DEVICE std::uint32_t zeros(std::uint32_t bit) const {
+    return (bits >> bit & 1U) - 1U;
+  }
+};
+
+// Compares four more bits, from 4 * call on, of the numbers of a row's columns from kMaskColumns *
+// group on.
+PYFAST_INLINE PYFAST_HOST_DEVICE void compare_four(std::uint32_t& keep, const MaskSeed& seed,
+                                                   std::uint32_t row, std::uint32_t group,
+                                                   std::uint32_t call,
+                                                   const std::uint32_t (&zeros)[4]) {
+  const PhiloxBlock block =
+      philox4x32({{row, 4 * group + call, seed.offset0, seed.offset1}}, seed.key0, seed.key1);
+  for (int i = 0; i < 4; ++i) {
+    keep = (block.words[i] & keep) | ((block.words[i] | keep) & zeros[i]);
+  }
+}
+
+// Bit i is set where column kMaskColumns * group + i of the row is kept.
+PYFAST_INLINE PYFAST_HOST_DEVICE std::uint32_t keep_word(const MaskSeed& seed, std::uint32_t row,
+                                                         std::uint32_t group,
+                                                         const MaskLevel& level) {
+  std::uint32_t keep = level.begin;
+  if ((level.bits & 0xFFU) != 0) {
+#ifdef __CUDA_ARCH__
+#pragma unroll 1  // the rare case, and the GEMMs have no registers to spare
+#endif
+    for (std::uint32_t call = 0; call < 2; ++call) {
+      compare_four(keep, seed, row, group, call,
+                   {level.zeros(4 * call), level.zeros(4 * call + 1), level.zeros(4 * call + 2),
+                    level.zeros(4 * call + 3)});
+    }
+  }
+  const auto& high = level.high_zeros;
+  compare_four(keep, seed, row, group, 2, {high[0], high[1], high[2], high[3]});
+  compare_four(keep, seed, row, group, 3, {high[4], high[5], high[6], high[7]});
+  return keep;
 }
 
 // 1 / (the exact share that is kept), 0 where nothing is.

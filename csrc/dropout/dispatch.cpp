@@ -28,11 +28,11 @@ constexpr Variant<DropoutParams> kDropout[] = {
 std::string_view dropout(const DropoutParams& params, const Placement& place,
                          std::string_view variant) {
   constexpr std::string_view kOp = "dropout";
-  constexpr std::int64_t kMostRows = std::int64_t{1} << 32;
+  constexpr std::int64_t kMostRows = std::int64_t{1} << 32, kMostColumns = std::int64_t{1} << 35;
   check_dtype(kOp, params.dtype);
   PYFAST_CHECK(params.rows >= 0 && params.rows <= kMostRows, kOp,
                ": rows must be from 0 to 2^32, got ", params.rows);
-  PYFAST_CHECK(params.columns >= 0 && params.columns <= kMostRows * kMaskColumns, kOp,
+  PYFAST_CHECK(params.columns >= 0 && params.columns <= kMostColumns, kOp,
                ": columns must be from 0 to 2^35, got ", params.columns);
   PYFAST_CHECK(params.threshold <= kMaskLevels, kOp, ": threshold must be from 0 to 65536, got ",
                params.threshold);

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bound by memory: a thread draws one Philox block (about 100 integer instructions) for the 8
-// columns that it serves, in 16-byte accesses where pointers and the row length allow. The seed is
-// read here and not on the host, so that a graph's replay takes the values it finds then.
+// Bound by memory: a thread draws a word of the mask (about 60 integer instructions) for the 32
+// columns that it serves. Its warp goes through 32 groups in units of 8 columns, neighbours side by
+// side, in 16-byte accesses where pointers and the row length allow; each lane gets the word of its
+// unit from the lane that drew it. The seed is read here and not on the host, so that a graph's
+// replay takes the values it finds then.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +17,8 @@ namespace pyfast::dropout {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kUnit = 8;                      // columns
+constexpr int kUnits = kMaskColumns / kUnit;  // of a group
 
 template <class T>
 struct Args {
@@ -24,7 +28,7 @@ struct Args {
   std::int64_t groups;  // a row
   std::int64_t total;   // groups of all rows
   const std::int64_t* seed;
-  std::uint32_t threshold;
+  MaskLevel level;
   float scale;
 };
 
@@ -35,51 +39,82 @@ __device__ __forceinline__ T dropped(T value, bool keep, float scale) {
   return value;
 }
 
-// One group of 8 columns, or `count` of them. `draw()` gives its keep bits; loads are issued before
-// it.
-template <bool kVectors, class T, class Draw>
-__device__ __forceinline__ void drop_group(const T* x, T* out, int count, float scale,
-                                           const Draw& draw) {
-  if constexpr (kVectors) {
-    constexpr int kCount = Pack16<T>::kCount;
-    constexpr int kPacks = kMaskColumns / kCount;
-    uint4 raw[kPacks];
+// What a thread reads of a unit of which so many columns are in the row.
+template <class T, bool kVectors>
+struct Unit {
+  static constexpr int kCount = Pack16<T>::kCount;
+  Pack16<T> packs[kUnit / kCount];
+
+  __device__ __forceinline__ void load(const T* x, int columns) {
+    if constexpr (kVectors) {
+      if (columns <= 0) return;
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) raw[p] = __ldcs(reinterpret_cast<const uint4*>(x) + p);
-    const std::uint32_t keep = draw();
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      const auto* elements = reinterpret_cast<const T*>(&raw[p]);
-      Pack16<T> pack;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        pack.values[i] = dropped(elements[i], (keep >> (p * kCount + i) & 1U) != 0, scale);
+      for (int p = 0; p < kUnit / kCount; ++p) {
+        *reinterpret_cast<uint4*>(&packs[p]) = __ldcs(reinterpret_cast<const uint4*>(x) + p);
       }
-      reinterpret_cast<uint4*>(out)[p] = *reinterpret_cast<const uint4*>(&pack);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if (i < columns) packs[i / kCount].values[i % kCount] = x[i];
+      }
     }
-  } else {
-    const std::uint32_t keep = draw();
-    for (int i = 0; i < count; ++i) out[i] = dropped(x[i], (keep >> i & 1U) != 0, scale);
   }
-}
+  __device__ __forceinline__ void store(T* out, int columns, std::uint32_t keep, float scale) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      T& value = packs[i / kCount].values[i % kCount];
+      value = dropped(value, (keep >> i & 1U) != 0, scale);
+    }
+    if constexpr (kVectors) {
+      if (columns <= 0) return;
+#pragma unroll
+      for (int p = 0; p < kUnit / kCount; ++p) {
+        reinterpret_cast<uint4*>(out)[p] = *reinterpret_cast<const uint4*>(&packs[p]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if (i < columns) out[i] = packs[i / kCount].values[i % kCount];
+      }
+    }
+  }
+};
 
 // `Index` counts groups.
 template <class T, bool kVectors, class Index>
 __global__ void __launch_bounds__(kThreads) dropout_kernel(const Args<T> args) {
   const MaskSeed seed(args.seed);
   const auto groups = static_cast<Index>(args.groups);
+  const int lane = threadIdx.x % 32;
   const auto step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       at < args.total; at += step) {
-    const Index row = static_cast<Index>(at) / groups;
-    const Index group = static_cast<Index>(at) - row * groups;
-    const std::int64_t column = static_cast<std::int64_t>(group) * kMaskColumns;
-    const std::int64_t first = static_cast<std::int64_t>(row) * args.columns + column;
-    const auto count = static_cast<int>(min(args.columns - column, std::int64_t{kMaskColumns}));
-    drop_group<kVectors>(args.x + first, args.out + first, count, args.scale, [&] {
-      return keep_bits(seed, static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(group),
-                       args.threshold);
-    });
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x - lane;
+       first < args.total; first += step) {
+    const auto mine = static_cast<Index>(first + lane);
+    const Index row = mine / groups;
+    const auto group = static_cast<std::uint32_t>(mine - row * groups);
+    Unit<T, kVectors> units[kUnits];
+    std::int64_t begin[kUnits];
+    int columns[kUnits];
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int source = (i * 32 + lane) / kUnits;
+      const auto its_row = __shfl_sync(0xFFFFFFFF, static_cast<std::uint32_t>(row), source);
+      const auto its_group = __shfl_sync(0xFFFFFFFF, group, source);
+      const std::int64_t column =
+          static_cast<std::int64_t>(its_group) * kMaskColumns + lane % kUnits * kUnit;
+      begin[i] = its_row * args.columns + column;
+      columns[i] = first + source < args.total
+                       ? static_cast<int>(min(args.columns - column, std::int64_t{kUnit}))
+                       : 0;
+      units[i].load(args.x + begin[i], columns[i]);
+    }
+    const std::uint32_t word = keep_word(seed, static_cast<std::uint32_t>(row), group, args.level);
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const std::uint32_t its_word = __shfl_sync(0xFFFFFFFF, word, (i * 32 + lane) / kUnits);
+      units[i].store(args.out + begin[i], columns[i], its_word >> lane % kUnits * kUnit,
+                     args.scale);
+    }
   }
 }
 
@@ -112,9 +147,9 @@ void launch_dropout(const DropoutParams& params, const Placement& place) {
                        groups,
                        params.rows * groups,
                        params.seed,
-                       params.threshold,
+                       MaskLevel(params.threshold),
                        keep_scale(params.threshold)};
-    if (params.columns % kMaskColumns == 0 && aligned(params.x) && aligned(params.out)) {
+    if (params.columns % kUnit == 0 && aligned(params.x) && aligned(params.out)) {
       launch<T, true>(args, stream);
     } else {
       launch<T, false>(args, stream);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dropout with a mask that is drawn from counters and never stored: out = keep ? x * scale : 0,
-// with keep(row, column) as keep_bits() in common/philox.h and scale = keep_scale(threshold). A
+// with keep(row, column) as keep_word() in common/philox.h and scale = keep_scale(threshold). A
 // dropped element is 0 whatever x is. The product is formed in float and rounded once.
 #pragma once
 

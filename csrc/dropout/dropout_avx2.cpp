@@ -14,22 +14,21 @@ struct Avx2 {
   static constexpr int kGroups = 4;
 
   PYFAST_INLINE static Int broadcast(std::uint32_t word) { return _mm256_set1_epi64x(word); }
-  // In the order that `interleave` undoes.
-  PYFAST_INLINE static Int groups_from(std::uint32_t first) {
-    return _mm256_add_epi64(broadcast(first), _mm256_set_epi64x(3, 1, 2, 0));
+  // Four apart.
+  PYFAST_INLINE static Int counters_from(std::uint32_t first) {
+    return _mm256_add_epi64(broadcast(first), _mm256_set_epi64x(12, 8, 4, 0));
   }
   PYFAST_INLINE static Int multiply(Int a, Int b) { return _mm256_mul_epu32(a, b); }
   PYFAST_INLINE static Int high_half(Int a) { return _mm256_srli_epi64(a, 32); }
   PYFAST_INLINE static Int exclusive_or(Int a, Int b, Int c) {
     return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
   }
-  // The low halves of a lane of each.
-  PYFAST_INLINE static Int join(Int low, Int high) {
-    return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
+  PYFAST_INLINE static Int majority(Int a, Int b, Int c) {
+    return _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(_mm256_or_si256(a, b), c));
   }
-  PYFAST_INLINE static void interleave(Int a, Int b, Int* low, Int* high) {
-    *low = _mm256_unpacklo_epi64(a, b);
-    *high = _mm256_unpackhi_epi64(a, b);
+  PYFAST_INLINE static void store_low_halves(Int a, std::uint32_t (&words)[kGroups]) {
+    const __m256i first = _mm256_permutevar8x32_epi32(a, _mm256_set_epi32(0, 0, 0, 0, 6, 4, 2, 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm256_castsi256_si128(first));
   }
 };
 
@@ -61,6 +60,14 @@ PYFAST_INLINE __m256i scaled(__m256i words, __m256 scale, Float16) {
                           _mm256_cvtps_ph(_mm256_mul_ps(low, scale), kNearest));
 }
 
+// Sets the lanes of 16 bits whose bit is set.
+PYFAST_INLINE __m256i kept_lanes(std::uint32_t word) {
+  const __m256i bits = _mm256_set_epi16(-0x8000, 0x4000, 0x2000, 0x1000, 0x800, 0x400, 0x200, 0x100,
+                                        0x80, 0x40, 0x20, 0x10, 8, 4, 2, 1);
+  const __m256i all = _mm256_set1_epi16(static_cast<short>(word));
+  return _mm256_cmpeq_epi16(_mm256_and_si256(all, bits), bits);
+}
+
 // 16 elements; `keep` has lanes of 16 bits.
 template <class T>
 PYFAST_INLINE void drop16(const T* x, T* out, __m256i keep, __m256 scale) {
@@ -81,28 +88,26 @@ PYFAST_INLINE void drop16(const float* x, float* out, __m256i keep, __m256 scale
 
 void dropout_avx2(const DropoutParams& params, std::int64_t begin, std::int64_t end) {
   constexpr int kStep = Avx2::kGroups * kMaskColumns;
-  const MaskSeed seed(params.seed);
-  const MaskSource<Avx2> source(seed);
+  const MaskSource<Avx2> source(MaskSeed(params.seed), params.threshold);
   const float factor = keep_scale(params.threshold);
   const __m256 scale = _mm256_set1_ps(factor);
-  const __m256i threshold = _mm256_set1_epi16(static_cast<short>(params.threshold));
-  const __m256i some = _mm256_set1_epi16(params.threshold < kMaskLevels ? -1 : 0);
-  const auto keep = [&](__m256i draws) {  // draws >= threshold, unsigned
-    const __m256i not_below = _mm256_cmpeq_epi16(_mm256_max_epu16(draws, threshold), draws);
-    return _mm256_and_si256(not_below, some);
-  };
   visit_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     for_each_row<T>(params, begin, end, [&](const Run<T>& run, std::int64_t columns) {
-      const std::int64_t whole = columns / kStep * kStep;
       std::uint32_t group = run.group;
-      for (std::int64_t at = 0; at < whole; at += kStep, group += Avx2::kGroups) {
-        __m256i low, high;
-        source.draw(run.row, group, &low, &high);
-        drop16(run.x + at, run.out + at, keep(low), scale);
-        drop16(run.x + at + 16, run.out + at + 16, keep(high), scale);
+      for (std::int64_t first = 0; first < columns; first += kStep, group += Avx2::kGroups) {
+        std::uint32_t words[Avx2::kGroups];
+        source.draw(run.row, group, words);
+        for (int i = 0; i < Avx2::kGroups; ++i) {
+          const std::int64_t at = first + i * kMaskColumns, left = columns - at;
+          if (left >= kMaskColumns) {
+            drop16(run.x + at, run.out + at, kept_lanes(words[i]), scale);
+            drop16(run.x + at + 16, run.out + at + 16, kept_lanes(words[i] >> 16), scale);
+          } else {
+            drop_scalar(run, at, left, words[i], factor);
+          }
+        }
       }
-      drop_scalar(run, whole, columns, seed, params.threshold, factor);
     });
   });
 }

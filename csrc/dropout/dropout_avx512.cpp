@@ -14,22 +14,20 @@ struct Avx512 {
   static constexpr int kGroups = 8;
 
   PYFAST_INLINE static Int broadcast(std::uint32_t word) { return _mm512_set1_epi64(word); }
-  // In the order that `interleave` undoes.
-  PYFAST_INLINE static Int groups_from(std::uint32_t first) {
-    return _mm512_add_epi64(broadcast(first), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
+  // Four apart.
+  PYFAST_INLINE static Int counters_from(std::uint32_t first) {
+    return _mm512_add_epi64(broadcast(first), _mm512_set_epi64(28, 24, 20, 16, 12, 8, 4, 0));
   }
   PYFAST_INLINE static Int multiply(Int a, Int b) { return _mm512_mul_epu32(a, b); }
   PYFAST_INLINE static Int high_half(Int a) { return _mm512_srli_epi64(a, 32); }
   PYFAST_INLINE static Int exclusive_or(Int a, Int b, Int c) {
     return _mm512_ternarylogic_epi64(a, b, c, 0x96);
   }
-  // The low halves of a lane of each.
-  PYFAST_INLINE static Int join(Int low, Int high) {
-    return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA);
+  PYFAST_INLINE static Int majority(Int a, Int b, Int c) {
+    return _mm512_ternarylogic_epi64(a, b, c, 0xE8);
   }
-  PYFAST_INLINE static void interleave(Int a, Int b, Int* low, Int* high) {
-    *low = _mm512_unpacklo_epi64(a, b);
-    *high = _mm512_unpackhi_epi64(a, b);
+  PYFAST_INLINE static void store_low_halves(Int a, std::uint32_t (&words)[kGroups]) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi64_epi32(a));
   }
 };
 
@@ -76,31 +74,24 @@ PYFAST_INLINE void drop32(const float* x, float* out, __mmask32 keep, __mmask32 
 }
 
 PYFAST_INLINE __mmask32 first(std::int64_t count) {
-  if (count >= 32) return 0xFFFFFFFFU;
-  return count > 0 ? (1U << count) - 1U : 0U;
+  return count < 32 ? (1U << count) - 1U : 0xFFFFFFFFU;
 }
 
 }  // namespace
 
 void dropout_avx512(const DropoutParams& params, std::int64_t begin, std::int64_t end) {
-  constexpr int kStep = Avx512::kGroups * kMaskColumns;
-  const MaskSource<Avx512> source{MaskSeed(params.seed)};
+  const MaskSource<Avx512> source(MaskSeed(params.seed), params.threshold);
   const __m512 scale = _mm512_set1_ps(keep_scale(params.threshold));
-  const __m512i threshold = _mm512_set1_epi16(static_cast<short>(params.threshold));
-  const __mmask32 some = params.threshold < kMaskLevels ? 0xFFFFFFFFU : 0U;
   visit_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     for_each_row<T>(params, begin, end, [&](const Run<T>& run, std::int64_t columns) {
       std::uint32_t group = run.group;
-      for (std::int64_t at = 0; at < columns; at += kStep, group += Avx512::kGroups) {
-        __m512i low, high;
-        source.draw(run.row, group, &low, &high);
-        const __mmask32 keep_low = _mm512_mask_cmpge_epu16_mask(some, low, threshold);
-        const __mmask32 keep_high = _mm512_mask_cmpge_epu16_mask(some, high, threshold);
-        const T* x = run.x + at;
-        T* out = run.out + at;
-        drop32(x, out, keep_low, first(columns - at), scale);
-        drop32(x + 32, out + 32, keep_high, first(columns - at - 32), scale);
+      for (std::int64_t at = 0; at < columns; group += Avx512::kGroups) {
+        std::uint32_t words[Avx512::kGroups];
+        source.draw(run.row, group, words);
+        for (int i = 0; i < Avx512::kGroups && at < columns; ++i, at += kMaskColumns) {
+          drop32(run.x + at, run.out + at, words[i], first(columns - at), scale);
+        }
       }
     });
   });

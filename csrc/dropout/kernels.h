@@ -2,7 +2,7 @@
 // The kernels that dispatch.cpp chooses from. CPU kernels do a range of groups on the calling
 // thread; the CUDA launcher enqueues the whole tensor on the current device.
 //
-// A group is the kMaskColumns columns of a row that one Philox block serves; a row's last one may
+// A group is the kMaskColumns columns of a row that a word of the mask serves; a row's last one may
 // be short. Groups are counted row by row.
 #pragma once
 

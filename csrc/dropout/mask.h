@@ -16,20 +16,33 @@ class MaskSource {
  public:
   using Int = typename V::Int;
 
-  PYFAST_INLINE explicit MaskSource(const MaskSeed& seed)
-      : offset0_(V::broadcast(seed.offset0)), offset1_(V::broadcast(seed.offset1)) {
+  PYFAST_INLINE MaskSource(const MaskSeed& seed, std::uint32_t threshold)
+      : level_(threshold),
+        offset0_(V::broadcast(seed.offset0)),
+        offset1_(V::broadcast(seed.offset1)) {
     for (std::uint32_t round = 0; round < kPhiloxRounds; ++round) {
       key0_[round] = V::broadcast(seed.key0 + round * kPhiloxKeyStep0);
       key1_[round] = V::broadcast(seed.key1 + round * kPhiloxKeyStep1);
     }
   }
 
-  // The 16-bit draws of V::kGroups groups from `group` on, in order: the first half of them in
-  // `low`.
-  PYFAST_INLINE void draw(std::uint32_t row, std::uint32_t group, Int* low, Int* high) const {
+  // As keep_word(), for V::kGroups groups from `group` on.
+  PYFAST_INLINE void draw(std::uint32_t row, std::uint32_t group,
+                          std::uint32_t (&words)[V::kGroups]) const {
+    Int keep = V::broadcast(level_.begin);
+    for (std::uint32_t call = (level_.bits & 0xFFU) != 0 ? 0 : 2; call < 4; ++call) {
+      compare_four(&keep, row, group, call);
+    }
+    V::store_low_halves(keep, words);
+  }
+
+ private:
+  PYFAST_INLINE void compare_four(Int* keep, std::uint32_t row, std::uint32_t group,
+                                  std::uint32_t call) const {
     const Int multiplier0 = V::broadcast(kPhiloxMultiplier0);
     const Int multiplier1 = V::broadcast(kPhiloxMultiplier1);
-    Int c0 = V::broadcast(row), c1 = V::groups_from(group), c2 = offset0_, c3 = offset1_;
+    Int c0 = V::broadcast(row), c1 = V::counters_from(4 * group + call);
+    Int c2 = offset0_, c3 = offset1_;
     for (int round = 0; round < kPhiloxRounds; ++round) {
       const Int product0 = V::multiply(c0, multiplier0);
       const Int product1 = V::multiply(c2, multiplier1);
@@ -38,10 +51,13 @@ class MaskSource {
       c2 = V::exclusive_or(V::high_half(product0), c3, key1_[round]);
       c3 = product0;
     }
-    V::interleave(V::join(c0, c1), V::join(c2, c3), low, high);
+    *keep = V::majority(c0, *keep, V::broadcast(level_.zeros(4 * call)));
+    *keep = V::majority(c1, *keep, V::broadcast(level_.zeros(4 * call + 1)));
+    *keep = V::majority(c2, *keep, V::broadcast(level_.zeros(4 * call + 2)));
+    *keep = V::majority(c3, *keep, V::broadcast(level_.zeros(4 * call + 3)));
   }
 
- private:
+  MaskLevel level_;
   Int offset0_, offset1_;
   Int key0_[kPhiloxRounds], key1_[kPhiloxRounds];
 };

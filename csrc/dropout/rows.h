@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU kernels share: the walk over groups, and one group at a time in plain C++. Always
+// What the CPU kernels share: the walk over groups, and one group in plain C++. Always
 // inlined, as dtype.h explains.
 #pragma once
 
@@ -35,18 +35,13 @@ PYFAST_INLINE void for_each_row(const DropoutParams& params, std::int64_t begin,
   }
 }
 
-// The columns [begin, columns) of a run; `begin` is a multiple of kMaskColumns.
+// The columns [at, at + count) of a run, which a word of the mask is for.
 template <class T>
-PYFAST_INLINE void drop_scalar(const Run<T>& run, std::int64_t begin, std::int64_t columns,
-                               const MaskSeed& seed, std::uint32_t threshold, float scale) {
-  for (std::int64_t at = begin; at < columns; at += kMaskColumns) {
-    const auto group = run.group + static_cast<std::uint32_t>(at / kMaskColumns);
-    const std::uint32_t keep = keep_bits(seed, run.row, group, threshold);
-    const std::int64_t count = columns - at < kMaskColumns ? columns - at : kMaskColumns;
-    for (std::int64_t i = 0; i < count; ++i) {
-      from_float(to_float(run.x[at + i]) * scale, run.out + at + i);
-      if ((keep >> i & 1U) == 0) run.out[at + i] = T{};
-    }
+PYFAST_INLINE void drop_scalar(const Run<T>& run, std::int64_t at, std::int64_t count,
+                               std::uint32_t keep, float scale) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    from_float(to_float(run.x[at + i]) * scale, run.out + at + i);
+    if ((keep >> i & 1U) == 0) run.out[at + i] = T{};
   }
 }
 

@@ -133,13 +133,13 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
     const int group = thread / kNarrowThreads;  // of the two consumers
 
     // The mask is drawn while products run.
-    std::uint8_t* mask = mask_of(turn, storage);
+    std::uint32_t* mask = mask_of(turn, storage);
     int draws = 0;
     const auto draw = [&]() __attribute__((always_inline)) {
       if constexpr (kDrop == Drop::kInDx) {
         if (draws == kMaskDraws) return;
-        draw_byte(mask, MaskSeed(params.mask.seed), params.mask.threshold, work.M_idx * kTileM,
-                  work.N_idx * kMaskRowBytes, draws, thread);
+        draw_two_words(mask, MaskSeed(params.mask.seed), params.level, work.M_idx * kTileM,
+                       work.N_idx * kMaskRowWords, draws, thread);
         ++draws;
       }
     };
@@ -259,18 +259,15 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
                    : "r"(from)
                    : "memory");
     }
+    std::uint32_t words[4];
+    draw_words(seed, params.level, row * kTileM + warp_row + lane / 4, at * (kTileK / kMaskColumns),
+               words);
     CUTLASS_PRAGMA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int four = 0; four < 2; ++four) {
-        std::uint32_t words[4];  // of columns 32 four + 8 i ...
-        draw_words(seed, row * kTileM + warp_row + lane / 4 + half * 8,
-                   at * (kTileK / kMaskColumns) + four * 4, words);
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          x[four * 2 + i / 2][i % 2 * 2 + half] &= kept_halves(words[i], params.mask.threshold);
-        }
-      }
+    for (int i = 0; i < 16; ++i) {
+      const std::uint32_t word = words[i / 4];
+      const int half = i / 4 % 2, unit = i / 8 * 4 + i % 4;
+      x[unit / 2][unit % 2 * 2 + half] &=
+          kept_halves(word << (7 - lane % 4 * 2), word << (6 - lane % 4 * 2), i % 4);
     }
     auto& sums = reinterpret_cast<float (&)[kNarrowSums]>(*z.data());
     narrow_fence(sums);
@@ -290,7 +287,7 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
   template <class Accumulator>
   CUTLASS_DEVICE static void add_kept_low_rank(MainloopPipeline& pipeline, PipelineState state,
                                                PipelineState release, Accumulator& sums,
-                                               const std::uint8_t* mask, int thread,
+                                               const std::uint32_t* mask, int thread,
                                                TensorStorage& storage, const Params& params) {
     using namespace cute;
     constexpr int kColumns = 64;
@@ -311,7 +308,7 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
     warpgroup_wait<0>();
     warpgroup_fence_operand(sums);
     pipeline.consumer_release(release);
-    const std::uint8_t* rows = mask + group * (kTileM / 2) * kMaskRowBytes;
+    const std::uint32_t* rows = mask + group * (kTileM / 2) * kMaskRowWords;
     const auto add = [&](auto chunk) __attribute__((always_inline)) {
       Tensor low = partition_fragment_C(product, Shape<Int<kTileM>, Int<kColumns>>{});
       const Tensor part = local_tile(all_b(_, _, stage), Shape<Int<kColumns>, Int<kTileK>>{},
@@ -335,7 +332,7 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
 
   // Starts this warpgroup's part of dA from a stage of load_above.
   CUTLASS_DEVICE static void multiply_above(MainloopPipeline& pipeline, PipelineState state,
-                                            int group, const std::uint8_t* mask, int thread,
+                                            int group, const std::uint32_t* mask, int thread,
                                             float (&da)[kNarrowSums], TensorStorage& storage) {
     pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
     ElementA* in_a = storage.smem_A.data() + state.index() * kBox;

@@ -101,7 +101,7 @@ struct MakingOperands : TwoPairs<Base> {
     // warp that adds up fetches.
     cute::array_aligned<ElementA, making_bytes(kRank) / 2> smem_q;
     // Masks of this tile of y and of the next.
-    cute::array_aligned<std::uint8_t, kDrop == Drop::kInDx ? 2 * kMaskTileBytes : 16> smem_mask;
+    cute::array_aligned<std::uint32_t, kDrop == Drop::kInDx ? 2 * kMaskTileWords : 4> smem_mask;
   };
 
   struct Arguments : Pairs::Arguments {
@@ -137,6 +137,7 @@ struct MakingOperands : TwoPairs<Base> {
     int back = 0;  // tiles of K from one stage of load_above to the next, and to the end (NOTES.md)
     int rows_at_once = 0;  // rows of tiles that the grid holds; so many sums are made side by side
     Mask mask;
+    MaskLevel level;
     RowSums<ElementA, kTileM> row_sums;
     unsigned* counters = nullptr;
     int m = 0, n = 0;
@@ -189,6 +190,7 @@ struct MakingOperands : TwoPairs<Base> {
                        making_width(params.r), m,
                        (params.r + 7) / 8 * 8};
     params.mask = args.mask;
+    params.level = MaskLevel(args.mask.threshold);
     params.counters = args.making.counters;
     params.m = m;
     params.n = n;
@@ -243,8 +245,8 @@ struct MakingOperands : TwoPairs<Base> {
     }
   };
 
-  CUTLASS_DEVICE static std::uint8_t* mask_of(std::uint32_t turn, TensorStorage& storage) {
-    return storage.smem_mask.data() + (kDrop == Drop::kInDx ? turn % 2 * kMaskTileBytes : 0);
+  CUTLASS_DEVICE static std::uint32_t* mask_of(std::uint32_t turn, TensorStorage& storage) {
+    return storage.smem_mask.data() + (kDrop == Drop::kInDx ? turn % 2 * kMaskTileWords : 0);
   }
 
  private:

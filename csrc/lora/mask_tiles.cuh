@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dropout's mask (common/philox.h) where the GEMMs want it: in the registers of wgmma, as bytes in
-// shared memory, and on a tile that TMA has loaded.
+// Dropout's mask (common/philox.h) where the GEMMs want it: in the registers of wgmma, in shared
+// memory, and on a tile that TMA has loaded.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,90 +13,88 @@
 
 namespace pyfast::lora {
 
-CUTLASS_DEVICE std::uint32_t pick_word(const std::uint32_t (&words)[4], int index) {
-  const std::uint32_t low = index & 1 ? words[1] : words[0];
-  const std::uint32_t high = index & 1 ? words[3] : words[2];
-  return index & 2 ? high : low;
-}
-
-// Of the Philox blocks of eight columns `group` ... `group` + 3 of a row, the words that belong to
-// this lane's columns in an operand or a result of wgmma: lane % 4 of each. Each lane of a quad
-// draws one block, and they trade words.
-CUTLASS_DEVICE void draw_words(const MaskSeed& seed, int row, int group,
+// The words of the mask that a quad of lanes shares in an operand or a result of wgmma: words[i] is
+// of row + i % 2 * 8 and of columns group + i / 2. Each lane draws one of them, and they trade. Of
+// every eight columns a lane has two, the first 2 (lane % 4).
+CUTLASS_DEVICE void draw_words(const MaskSeed& seed, const MaskLevel& level, int row, int group,
                                std::uint32_t (&words)[4]) {
   const int quad = static_cast<int>(threadIdx.x) % 4;
-  const PhiloxBlock drawn =
-      philox4x32({{static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(group + quad),
-                   seed.offset0, seed.offset1}},
-                 seed.key0, seed.key1);
-  std::uint32_t traded[4];  // from lane quad ^ i, hence of block group + (quad ^ i)
+  const std::uint32_t drawn = keep_word(seed, static_cast<std::uint32_t>(row + quad % 2 * 8),
+                                        static_cast<std::uint32_t>(group + quad / 2), level);
   CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    traded[i] = __shfl_xor_sync(0xFFFFFFFF, pick_word(drawn.words, quad ^ i), i);
-  }
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < 4; ++i) words[i] = pick_word(traded, quad ^ i);
+  for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(0xFFFFFFFF, drawn, i, 4);
 }
 
-// Sets the halves of a word that are kept to ones.
-CUTLASS_DEVICE std::uint32_t kept_halves(std::uint32_t word, std::uint32_t threshold) {
-  return ((word & 0xFFFFU) >= threshold ? 0x0000FFFFU : 0U) |
-         ((word >> 16) >= threshold ? 0xFFFF0000U : 0U);
+// Ones in the low half where the top bit of byte `at` of `even` is set, in the high half where that
+// of `odd` is.
+CUTLASS_DEVICE std::uint32_t kept_halves(std::uint32_t even, std::uint32_t odd, int at) {
+  std::uint32_t halves;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(halves) : "r"(even), "r"(odd), "r"(0xCC88 + at * 0x1111));
+  return halves;
 }
 
-// The mask of a tile of 128 x 256 in shared memory: a row has 32 bytes, a byte eight columns, and a
-// set bit is kept.
-constexpr int kMaskRowBytes = 32, kMaskTileBytes = 128 * kMaskRowBytes;
+// The mask of a tile of 128 x 256 in shared memory.
+constexpr int kMaskRowWords = 256 / kMaskColumns, kMaskTileWords = 128 * kMaskRowWords;
+constexpr int kMaskTileBytes = kMaskTileWords * 4;
 
-// 256 threads draw it, each a byte at a time; the tile is complete after kMaskDraws draws.
-constexpr int kMaskDraws = kMaskTileBytes / 256;
-CUTLASS_DEVICE void draw_byte(std::uint8_t* bytes, const MaskSeed& seed, std::uint32_t threshold,
-                              int row, int group, int draw, int thread) {
-  const int at = draw * 256 + thread;
-  bytes[at] = static_cast<std::uint8_t>(
-      keep_bits(seed, static_cast<std::uint32_t>(row + at / kMaskRowBytes),
-                static_cast<std::uint32_t>(group + at % kMaskRowBytes), threshold));
+// 256 threads draw it, each two words at a time, whose calls of Philox have the row's part in
+// common; the tile is complete after kMaskDraws draws.
+constexpr int kMaskDraws = kMaskTileWords / (2 * 256);
+CUTLASS_DEVICE void draw_two_words(std::uint32_t* words, const MaskSeed& seed,
+                                   const MaskLevel& level, int row, int group, int draw,
+                                   int thread) {
+  const auto at = 2 * static_cast<std::uint32_t>(draw * 256 + thread);
+  const std::uint32_t its_row = static_cast<std::uint32_t>(row) + at / kMaskRowWords;
+  const std::uint32_t its_group = static_cast<std::uint32_t>(group) + at % kMaskRowWords;
+  *reinterpret_cast<uint2*>(words + at) = make_uint2(
+      keep_word(seed, its_row, its_group, level), keep_word(seed, its_row, its_group + 1, level));
 }
 
 // Clears what is dropped in a box of 128 rows x 64 columns of two bytes, swizzled by TMA over 128
-// bytes; `bytes` is the mask of its first column. A thread has a row.
-CUTLASS_DEVICE void clear_dropped(void* box, const std::uint8_t* bytes, int row) {
-  const auto eight = *reinterpret_cast<const uint2*>(bytes + row * kMaskRowBytes);
+// bytes; `words` begins with the mask of its first column. A thread has a row.
+CUTLASS_DEVICE void clear_dropped(void* box, const std::uint32_t* words, int row) {
+  const auto both = *reinterpret_cast<const uint2*>(words + row * kMaskRowWords);
   auto* line = static_cast<uint4*>(box) + row * 8;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < 8; ++i) {
-    const std::uint32_t bits = (i < 4 ? eight.x : eight.y) >> 8 * (i % 4);
-    const auto halves = [&](int pair) {
-      return (bits >> 2 * pair & 1 ? 0x0000FFFFU : 0U) | (bits >> 2 * pair & 2 ? 0xFFFF0000U : 0U);
-    };
+    const std::uint32_t word = i < 4 ? both.x : both.y;
     uint4 values = line[i ^ row % 8];
-    values.x &= halves(0), values.y &= halves(1), values.z &= halves(2), values.w &= halves(3);
+    values.x &= kept_halves(word << 7, word << 6, i % 4);
+    values.y &= kept_halves(word << 5, word << 4, i % 4);
+    values.z &= kept_halves(word << 3, word << 2, i % 4);
+    values.w &= kept_halves(word << 1, word, i % 4);
     line[i ^ row % 8] = values;
   }
 }
 
+// sum += value * scale where `bit` is not 0. nvcc would fetch the scale anew for each sum.
+CUTLASS_DEVICE void add_if(std::uint32_t bit, float& sum, float value, float scale) {
+  asm("{.reg .pred kept; setp.ne.u32 kept, %1, 0; @kept fma.rn.f32 %0, %2, %3, %0;}"
+      : "+f"(sum)
+      : "r"(bit), "f"(value), "f"(scale));
+}
+
 // sums += mask * scale * low for 64 columns of a tile in the registers of a warpgroup: kFirst is
-// that of the first of its columns in `sums`. The mask's bytes begin with the warpgroup's rows and
+// that of the first of its columns in `sums`. The mask's words begin with the warpgroup's rows and
 // these columns.
 template <int kFirst, class Sums, class Low>
-CUTLASS_DEVICE void add_kept(Sums& sums, const Low& low, const std::uint8_t* bytes, float scale,
+CUTLASS_DEVICE void add_kept(Sums& sums, const Low& low, const std::uint32_t* words, float scale,
                              int thread) {
   const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   CUTLASS_PRAGMA_UNROLL
   for (int half = 0; half < 2; ++half) {
     // Not moved ahead of the product by the compiler, which would run out of registers.
-    std::uint32_t low_four, high_four;
+    std::uint32_t both[2];
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(low_four), "=r"(high_four)
+                 : "=r"(both[0]), "=r"(both[1])
                  : "r"(static_cast<std::uint32_t>(
-                     __cvta_generic_to_shared(bytes + (row + 8 * half) * kMaskRowBytes)))
+                     __cvta_generic_to_shared(words + (row + 8 * half) * kMaskRowWords)))
                  : "memory");
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const std::uint32_t bits = (i < 4 ? low_four : high_four) >> (8 * (i % 4) + lane % 4 * 2);
-      const int at = 4 * i + 2 * half;
-      if (bits & 1) sums(kFirst + at) = fmaf(low(at), scale, sums(kFirst + at));
-      if (bits & 2) sums(kFirst + at + 1) = fmaf(low(at + 1), scale, sums(kFirst + at + 1));
+    for (int i = 0; i < 16; ++i) {
+      const std::uint32_t bits = both[i / 8] >> lane % 4 * 2;
+      const int at = i / 2 * 4 + 2 * half + i % 2;
+      add_if(bits & (1U << (i / 2 % 4 * 8 + i % 2)), sums(kFirst + at), low(at), scale);
     }
   }
 }

@@ -119,30 +119,42 @@ struct Tile {
 
 constexpr int kUnitsT = kSkinnyCols / 8;
 
-// Clears what dropout drops in the 16-byte units that this thread itself copied; a unit is one
-// Philox block. The scale of what is kept is applied to the sums.
+// Two neighbours of a unit: ones in the halves whose bit is set in the top bits of bytes 2 * pair
+// and 2 * pair + 1.
+__device__ __forceinline__ std::uint32_t kept_halves(std::uint32_t bits, int pair) {
+  std::uint32_t halves;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(halves) : "r"(bits), "r"(0x9988 + pair * 0x2222));
+  return halves;
+}
+
+// Clears what dropout drops in the 16-byte units that this thread itself copied. A word of the mask
+// covers four of them, those of four lanes; each lane draws one word, and they trade. The scale of
+// what is kept is applied to the sums.
 template <class TileT>
-__device__ __forceinline__ void drop(std::uint32_t tile, int row, int col, std::uint32_t threshold,
+__device__ __forceinline__ void drop(std::uint32_t tile, int row, int col, const MaskLevel& level,
                                      const MaskSeed& seed) {
+  static_assert(kSkinnyRows * kSkinnyCols == kSkinnyThreads * kMaskColumns);
+  constexpr int kRowsAtOnce = kSkinnyThreads / kUnitsT, kWords = kSkinnyCols / kMaskColumns;
+  const int lane = threadIdx.x % 32;
+  const int its_row = lane / 8 * kRowsAtOnce + threadIdx.x / 32 * 2 + lane % 8 / kWords;
+  const std::uint32_t drawn =
+      keep_word(seed, static_cast<std::uint32_t>(row + its_row),
+                static_cast<std::uint32_t>(col / kMaskColumns + lane % kWords), level);
 #pragma unroll
-  for (int i = threadIdx.x; i < kSkinnyRows * kUnitsT; i += kSkinnyThreads) {
-    const int r = i / kUnitsT, unit = i % kUnitsT;
-    const std::uint32_t at = tile + TileT::offset(r, unit);
-    const PhiloxBlock draws = philox4x32(
-        {{static_cast<std::uint32_t>(row + r),
-          static_cast<std::uint32_t>(col / kMaskColumns + unit), seed.offset0, seed.offset1}},
-        seed.key0, seed.key1);
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t word = __shfl_sync(0xFFFFFFFF, drawn, i * 8 + lane / 4);
+    const std::uint32_t bits = word >> lane % 4 * 8;
+    // The bits of four elements each, spread to the top bits of bytes.
+    const std::uint32_t low = (bits & 0x0FU) * 0x10204080U, high = (bits & 0xF0U) * 0x01020408U;
+    const std::uint32_t at =
+        tile + TileT::offset(i * kRowsAtOnce + threadIdx.x / kUnitsT, threadIdx.x % kUnitsT);
     std::uint32_t pairs[4];
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
                  : "r"(at)
                  : "memory");
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const std::uint32_t low = (draws.words[j] & 0xFFFFU) >= threshold ? 0x0000FFFFU : 0U;
-      const std::uint32_t high = (draws.words[j] >> 16) >= threshold ? 0xFFFF0000U : 0U;
-      pairs[j] &= low | high;
-    }
+    for (int j = 0; j < 4; ++j) pairs[j] &= kept_halves(j < 2 ? low : high, j % 2);
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(pairs[0]), "r"(pairs[1]),
                  "r"(pairs[2]), "r"(pairs[3])
                  : "memory");
@@ -359,6 +371,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
     commit();
   };
   const MaskSeed seed(kDrop ? args.seed : kNoSeed);
+  const MaskLevel level(args.threshold);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) issue();
 
@@ -367,8 +380,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const std::uint32_t tile_t = shared + ring.take() * kStage, tile_u = tile_t + TileT::kBytes;
     wait<kStages - 2>();
-    if constexpr (kDrop)
-      drop<TileT>(tile_t, row, (first + chunk) * kSkinnyCols, args.threshold, seed);
+    if constexpr (kDrop) drop<TileT>(tile_t, row, (first + chunk) * kSkinnyCols, level, seed);
     __syncthreads();
     issue();
     std::uint32_t a[kRowSteps / 2][4];
@@ -464,7 +476,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
     }
     commit();
   };
-  const MaskSeed seed(kDrop ? args.seed : kNoSeed);
+  // With dropout there is one product.
+  const MaskSeed seed(kDrop ? first_job.args.seed : kNoSeed);
+  const MaskLevel level(first_job.args.threshold);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) issue();
 
@@ -472,8 +486,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   for (int block = 0; block < blocks; ++block) {
     const std::uint32_t tile_t = shared + ring.take() * kStage, tile_v = tile_t + TileT::kBytes;
     wait<kStages - 2>();
-    if constexpr (kDrop)
-      drop<TileT>(tile_t, (first + block) * kSkinnyRows, col, args.threshold, seed);
+    if constexpr (kDrop) drop<TileT>(tile_t, (first + block) * kSkinnyRows, col, level, seed);
     __syncthreads();
     issue();
     std::uint32_t a[kColSteps][4];

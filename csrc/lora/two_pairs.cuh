@@ -194,6 +194,7 @@ struct MaskedTwoPairs : TwoPairs<Base> {
   };
   struct Params : Pairs::Params {
     Mask mask;
+    MaskLevel level;
     typename Scheduler::Params scheduler;  // a copy of the kernel's
   };
 
@@ -204,6 +205,7 @@ struct MaskedTwoPairs : TwoPairs<Base> {
     static_cast<typename Pairs::Params&>(params) =
         Pairs::to_underlying_arguments(shape, args, workspace);
     params.mask = args.mask;
+    params.level = MaskLevel(args.mask.threshold);
     return params;
   }
 
@@ -250,7 +252,7 @@ struct MaskedTwoPairs : TwoPairs<Base> {
     Scheduler scheduler(params.scheduler);
     scheduler.advance_to_next_work(turn);
     const auto work = scheduler.get_current_work();
-    apply(sums, params.mask, work.M_idx * kTileM, work.N_idx * (kTileN / kMaskColumns), thread);
+    apply(sums, params, work.M_idx * kTileM, work.N_idx * (kTileN / kMaskColumns), thread);
 
     PipelineState release = state;
     CUTLASS_PRAGMA_NO_UNROLL
@@ -273,25 +275,24 @@ struct MaskedTwoPairs : TwoPairs<Base> {
  private:
   // A thread's sums lie in two rows, and of every eight columns it has two.
   template <class Accumulator>
-  CUTLASS_DEVICE static void apply(Accumulator& sums, const Mask& mask, int row, int group,
+  CUTLASS_DEVICE static void apply(Accumulator& sums, const Params& params, int row, int group,
                                    int thread) {
     static_assert(decltype(cute::size(sums))::value == kTileN / 2, "a thread has two rows");
-    const MaskSeed seed(mask.seed);
+    static_assert(kTileN % (2 * kMaskColumns) == 0);
+    const MaskSeed seed(params.mask.seed);
     row += thread / 32 * 16 + thread % 32 / 4;
     CUTLASS_PRAGMA_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int first = 0; first < kTileN / kMaskColumns; first += 2) {
+      std::uint32_t words[4];
+      draw_words(seed, params.level, row, group + first, words);
       CUTLASS_PRAGMA_UNROLL
-      for (int first = 0; first < kTileN / 8; first += 4) {
-        std::uint32_t words[4];
-        draw_words(seed, row + half * 8, group + first, words);
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const std::uint32_t word = words[i];
-          float& even = sums(4 * (first + i) + 2 * half);
-          float& odd = sums(4 * (first + i) + 2 * half + 1);
-          even = (word & 0xFFFFU) >= mask.threshold ? even * mask.scale : 0.0F;
-          odd = (word >> 16) >= mask.threshold ? odd * mask.scale : 0.0F;
-        }
+      for (int i = 0; i < 16; ++i) {
+        const std::uint32_t bits = words[i / 4] >> thread % 4 * 2 >> i % 4 * 8;
+        const int half = i / 4 % 2, unit = (first + i / 8) * 4 + i % 4;
+        float& even = sums(4 * unit + 2 * half);
+        float& odd = sums(4 * unit + 2 * half + 1);
+        even = bits & 1 ? even * params.mask.scale : 0.0F;
+        odd = bits & 2 ? odd * params.mask.scale : 0.0F;
       }
     }
   }

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one place that chooses an NF4 kernel.
+#include <span>
+
 #include "common/launch.h"
 #include "nf4/kernels.h"
 
@@ -54,6 +56,72 @@ constexpr Variant<DequantizeParams> kDequantize[] = {
     {"nf4_dequantize_scalar", Isa::scalar, 0, on_cpu<dequantize_scalar, DequantizeParams>},
 };
 
+// A kernel of the few-row product and what it takes; first match wins.
+struct FewRowsKernel {
+  Variant<FewRowsParams> variant;
+  int most_rows;
+  bool only_90;
+
+  std::string reason_at(const FewRowsParams& params, const Placement& place) const {
+    if (std::string reason = variant.reason_at(place); !reason.empty()) return reason;
+    if (params.m > most_rows) return concat("it takes up to ", most_rows, " rows, got ", params.m);
+#ifdef PYFAST_CUDA
+    if (const int sm = cuda_device(place.device).sm; only_90 && sm != 90) {
+      return concat("it needs compute capability 9.0, device ", place.device, " has ", sm / 10, ".",
+                    sm % 10);
+    }
+#endif
+    return {};
+  }
+};
+
+std::span<const FewRowsKernel> few_rows_kernels() {
+#ifdef PYFAST_CUDA
+  static constexpr FewRowsKernel kKernels[] = {
+#ifdef PYFAST_SM90
+      {{"nf4_few_rows_mma_sm90", Isa::scalar, 90, on_cuda<launch_few_rows_mma_sm90, FewRowsParams>},
+       kMostRowsMma,
+       true},
+      {{"nf4_few_rows_wgmma_sm90", Isa::scalar, 90,
+        on_cuda<launch_few_rows_wgmma_sm90, FewRowsParams>},
+       kMostRowsWgmma,
+       true},
+#endif
+      {{"nf4_few_rows_mma_sm80", Isa::scalar, 80, on_cuda<launch_few_rows_mma_sm80, FewRowsParams>},
+       kMostRowsMma,
+       false},
+  };
+  return kKernels;
+#else
+  return {};
+#endif
+}
+
+void check_few_rows(std::string_view op, const FewRowsParams& params) {
+  const auto aligned = [](const void* pointer, std::uintptr_t to) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % to == 0;
+  };
+  PYFAST_CHECK(params.dtype == DType::f16 || params.dtype == DType::bf16, op,
+               ": dtype must be 1 (float16) or 2 (bfloat16), got ", static_cast<int>(params.dtype));
+  PYFAST_CHECK(params.blocksize == 64, op, ": blocksize must be 64, got ", params.blocksize);
+  PYFAST_CHECK(params.m > 0 && params.n > 0 && params.k > 0, op,
+               ": m, n and k must be positive, got ", params.m, ", ", params.n, " and ", params.k);
+  PYFAST_CHECK(params.k % 64 == 0, op, ": k must be a multiple of 64, got ", params.k);
+  PYFAST_CHECK(params.pitch_x >= params.k && params.pitch_x % 8 == 0, op,
+               ": pitch_x must be a multiple of 8 and at least ", params.k, ", got ",
+               params.pitch_x);
+  PYFAST_CHECK((params.nested_absmax == nullptr) == (params.offset == nullptr), op,
+               ": nested_absmax and offset belong together; one of them is null");
+  check_pointer(op, "x", params.x);
+  check_pointer(op, "packed", params.packed);
+  check_pointer(op, "absmax", params.absmax);
+  check_pointer(op, "y", params.y);
+  PYFAST_CHECK(aligned(params.x, 16) && aligned(params.packed, 16), op,
+               ": x and packed must lie at multiples of 16 bytes");
+  PYFAST_CHECK(aligned(params.absmax, params.offset == nullptr ? 16 : 4), op,
+               ": absmax must lie at a multiple of 16 bytes, or 4 if it is nested");
+}
+
 void check_common(std::string_view op, int blocksize, DType dtype) {
   PYFAST_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
                ": blocksize must be a power of two from 32 to 4096, got ", blocksize);
@@ -105,10 +173,39 @@ std::string_view dequantize(const DequantizeParams& params, const Placement& pla
   return dispatch<DequantizeParams>(kOp, kDequantize, params, place, variant);
 }
 
+std::string_view few_rows(const FewRowsParams& params, const Placement& place,
+                          std::string_view variant) {
+  constexpr std::string_view kOp = "nf4_few_rows";
+  check_few_rows(kOp, params);
+  std::string reasons;
+  for (const FewRowsKernel& kernel : few_rows_kernels()) {
+    if (!variant.empty() && kernel.variant.name != variant) continue;
+    if (const std::string reason = kernel.reason_at(params, place); !reason.empty()) {
+      reasons += concat(reasons.empty() ? "" : "; ", kernel.variant.name, ": ", reason);
+      continue;
+    }
+    kernel.variant.launch(params, place);
+    return kernel.variant.name;
+  }
+  PYFAST_CHECK(variant.empty() || !reasons.empty(), kOp, ": this build has no variant \"", variant,
+               "\"; variants(\"", kOp, "\") lists them");
+  throw std::invalid_argument(concat(kOp, ": no kernel can run here (",
+                                     reasons.empty() ? "this build has none" : reasons, ")"));
+}
+
 std::vector<VariantInfo> variants(std::string_view op) {
   if (op == "nf4_quantize") return describe<QuantizeParams>(kQuantize);
   if (op == "nf4_nest") return describe<NestParams>(kNest);
   if (op == "nf4_dequantize") return describe<DequantizeParams>(kDequantize);
+  if (op == "nf4_few_rows") {
+    std::vector<VariantInfo> rows;
+    for (const FewRowsKernel& kernel : few_rows_kernels()) {
+      rows.push_back({kernel.variant.name, true, kernel.variant.reason()});
+    }
+    if (rows.empty())
+      rows.push_back({"nf4_few_rows_mma_sm90", true, "this build has no CUDA kernels"});
+    return rows;
+  }
   return {};
 }
 

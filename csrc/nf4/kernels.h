@@ -24,4 +24,12 @@ void launch_quantize(const QuantizeParams& params, const Placement& place);
 void launch_nest(const NestParams& params, const Placement& place);
 void launch_dequantize(const DequantizeParams& params, const Placement& place);
 
+// The rows of x that the kernels of the few-row product take.
+constexpr int kMostRowsMma = 16, kMostRowsWgmma = 256;
+
+// sm80: any GPU whose blocks may have the shared memory. sm90: compute capability 9.0 alone.
+void launch_few_rows_mma_sm80(const FewRowsParams& params, const Placement& place);
+void launch_few_rows_mma_sm90(const FewRowsParams& params, const Placement& place);
+void launch_few_rows_wgmma_sm90(const FewRowsParams& params, const Placement& place);
+
 }  // namespace pyfast::nf4

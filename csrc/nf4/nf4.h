@@ -54,6 +54,24 @@ struct DequantizeParams {
   int blocksize;
 };
 
+// y[m, n] = x[m, k] W^T + bias, with W [n, k] read from its packed bytes.
+struct FewRowsParams {
+  const void* x;               // dtype, rows of pitch_x elements
+  const std::uint8_t* packed;  //
+  const void* absmax;          // flat: float [B]; nested: uint8 [B]
+  const float* nested_absmax;  // [G], null when flat
+  const float* offset;         // [1], null when flat
+  const void* bias;            // dtype [n] or null
+  void* y;                     // dtype, rows of pitch_y elements
+  std::int64_t pitch_x;
+  std::int64_t pitch_y;
+  int m, n, k;
+  DType dtype;
+  int blocksize;
+  // The launch may begin before the grid ahead of it has ended, which then must not write W.
+  bool early;
+};
+
 // Each checks what would corrupt memory, runs the first kernel of its table that fits `place` (or
 // the one called `variant`) and returns the kernel's name.
 std::string_view quantize(const QuantizeParams& params, const Placement& place,
@@ -61,8 +79,11 @@ std::string_view quantize(const QuantizeParams& params, const Placement& place,
 std::string_view nest(const NestParams& params, const Placement& place, std::string_view variant);
 std::string_view dequantize(const DequantizeParams& params, const Placement& place,
                             std::string_view variant);
+// Products that no kernel serves are refused with the reason of each.
+std::string_view few_rows(const FewRowsParams& params, const Placement& place,
+                          std::string_view variant);
 
-// The rows of the table of "nf4_quantize", "nf4_nest" or "nf4_dequantize".
+// The rows of the table of "nf4_quantize", "nf4_nest", "nf4_dequantize" or "nf4_few_rows".
 std::vector<VariantInfo> variants(std::string_view op);
 
 }  // namespace pyfast::nf4

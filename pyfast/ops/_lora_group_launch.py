@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfast import _extension
 from pyfast.ops import _library, _lora_group_fused
@@ -54,8 +53,8 @@ def forward(plan: Plan, *args: Any) -> tuple[list[Tensor], Tensor]:
     _library.record("lora_group", plan.beside)
     ys = []
     with scratch_lock:
-        for first, w_nk, bias, b_nr in zip(plan.columns, w.dense(x), biases, b, strict=False):
-            y_mn = F.linear(as_matrix(x), w_nk, bias)
+        products = w.products(as_matrix(x), biases, plan.few_rows)
+        for first, y_mn, b_nr in zip(plan.columns, products, b, strict=False):
             y_mn.addmm_(z[:, first : first + b_nr.shape[1]], b_nr.to(x.dtype).t())
             ys.append(_library.shaped(y_mn, x))
     return ys, z

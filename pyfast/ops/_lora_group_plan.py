@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from pyfast import _extension
 from pyfast.ops._lora_launch import FEW_RANKS, MANY_ROWS, in_place, missing, padded, stored
+from pyfast.ops._nf4_few_rows import few_rows, serves
 from pyfast.ops._scratch import scratch
 from pyfast.ops.nf4 import dequantize_into
 
@@ -58,6 +60,8 @@ class Plan(NamedTuple):
     dy_in_place: tuple[tuple[bool, int], ...] = ()
     """For each member, whether the kernels can read dy as it lies, and its pitch or a copy's."""
     columns: tuple[int, ...] = ()
+    few_rows: bool = False
+    """Whether kernels that read the packed bytes make the products with the W_i."""
     torch_low: bool = False
     """Whether torch makes z or dz ahead of our GEMMs."""
     counters: int = 0
@@ -65,7 +69,7 @@ class Plan(NamedTuple):
     space: int = 0
 
 
-def plan(x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> Plan:
+def plan(x: Tensor, scales: tuple[float, ...], blocksize: int, *tensors: Tensor | None) -> Plan:
     """The plan of a forward, or of a backward where the dy_i follow the other tensors."""
     weights, a, b, absmax, _, _, *dys = members(tensors, len(scales))
     if reason := next(filter(None, map(missing, itertools.repeat(x), a, b)), ""):
@@ -78,8 +82,11 @@ def plan(x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> Plan:
     m, at = x.numel() // k, columns(a)
     counters = 4 * _extension.C.lora_counters
     shapes, why = _shapes(weights, b, absmax, k, dys[0] if dys else (x,) * len(b))
+    few = not dys and m > 0 and _few_rows(x, weights, absmax, blocksize)
     gemm = ""
-    if m and shapes:
+    if few:
+        why = "few rows of NF4 weights"
+    elif m and shapes:
         gemm, why = _extension.C.lora_group_gemm_name(device, m, k, shapes, bool(dys))
     if gemm:
         space = _extension.C.lora_group_workspace(device, m, k, shapes)
@@ -98,6 +105,7 @@ def plan(x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> Plan:
             (True, 0) if dy is None else in_place(dy, dy.shape[-1]) for each in dys for dy in each
         ),
         tuple(at),
+        few,
         gemm != ""
         and m >= MANY_ROWS
         and sum(padded(r) for _, r, _ in shapes) > FEW_RANKS
@@ -105,6 +113,13 @@ def plan(x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> Plan:
         counters,
         counters + space,
     )
+
+
+def _few_rows(
+    x: Tensor, weights: Sequence[Tensor], absmax: Sequence[Tensor | None], blocksize: int
+) -> bool:
+    each = zip(weights, absmax, strict=True)
+    return all(scales is not None and serves(x, w, scales, blocksize) for w, scales in each)
 
 
 def _shapes(
@@ -131,6 +146,17 @@ class Weights(NamedTuple):
     nf4: Sequence[Sequence[Tensor | None]]
     """absmax, nested_absmax and offset of all members."""
     blocksize: int
+
+    def products(self, x_mk: Tensor, biases: Sequence[Tensor | None], few: bool) -> list[Tensor]:
+        """x W_i^T + bias_i by torch, or of few rows from NF4 bytes; under the caller's lock."""
+        if not few:
+            dense = zip(self.dense(x_mk), biases, strict=True)
+            return [linear(x_mk, w_nk, bias) for w_nk, bias in dense]
+        parts = zip(self.tensors, self.features, biases, *self.nf4, strict=True)
+        return [
+            few_rows(x_mk, w, absmax, bias, n, self.blocksize, nested_absmax, offset)
+            for w, n, bias, absmax, nested_absmax, offset in parts
+        ]
 
     def dense(self, x: Tensor) -> list[Tensor]:
         """Dense ones of x's dtype; NF4 ones are decoded into the scratch buffer, under the caller's lock."""

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from pyfast import _extension
 from pyfast.ops import _library, _philox
+from pyfast.ops._nf4_few_rows import few_rows, serves
 from pyfast.ops._scratch import raw_stream, scratch, scratch_lock, workspace
 from pyfast.ops.dropout import dropout_op
 from pyfast.ops.nf4 import dequantize_into
@@ -82,6 +83,8 @@ class Plan(NamedTuple):
     counters: int = 0
     """Bytes of zeros ahead of the workspace, and of both."""
     space: int = 0
+    few_rows: bool = False
+    """Whether a kernel that reads the packed bytes makes the product with an NF4 W."""
     torch_low: bool = False
     """Whether torch makes z, or dz, while there is no dropout."""
     torch_grads: bool = False
@@ -89,10 +92,11 @@ class Plan(NamedTuple):
 
 
 def plan(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, quantized: bool,
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, absmax: Tensor | None, blocksize: int,
     grad_y: Tensor | None = None, want_x: bool = True, bias: Tensor | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a forward, or with `grad_y` of a backward."""
+    quantized = absmax is not None
     if reason := missing(x, a, b):
         return Plan(reason)
     (r, k), n = a.shape, b.shape[0]
@@ -100,7 +104,10 @@ def plan(
     w_in_place, by_out, pitch_w = (True, True, k) if quantized else stored(weight)
     counters = 4 * _extension.C.lora_counters
     gemm, why = "", ""
-    if m and want_x:
+    few = absmax is not None and grad_y is None and m > 0 and serves(x, weight, absmax, blocksize)
+    if few:
+        why = "few rows of an NF4 weight"
+    elif m and want_x:
         gemm, why = _extension.C.lora_gemm_name(
             device, m, n, k, pitch_w, by_out, grad_y is not None
         )
@@ -127,6 +134,7 @@ def plan(
         padded(r),
         counters,
         counters + _extension.C.lora_workspace(device, m, n, k, r) if m else 0,
+        few,
         many and not (gemm and _extension.C.lora_makes(device, m, n, k, r, grad_y is not None)),
         many,
     )
@@ -242,8 +250,12 @@ def forward(
         low_rank(z, as_matrix(x), a.t(), scale)
     stream, served = raw_stream(plan.device), "lora_linear_torch"
     with scratch_lock:
-        w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
-        y = x.new_empty(*shape) if plan.gemm else F.linear(as_matrix(x), w, bias)
+        w: Tensor | None = None
+        if plan.few_rows:
+            y = few_rows(as_matrix(x), weight, absmax, bias, n, blocksize, nested_absmax, offset)  # type: ignore[arg-type]
+        else:
+            w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
+            y = x.new_empty(*shape) if plan.gemm else F.linear(as_matrix(x), w, bias)
         if plan.gemm or not given:
             space = workspace(x, stream, plan.space, plan.counters)
             served = _extension.C.lora_forward(
@@ -275,21 +287,20 @@ def backward(
         a, b = a.contiguous(), b.contiguous()
     make = torch.empty_like if m else torch.zeros_like
     given, composed = (dropout == 0.0 and each for each in (plan.torch_low, plan.torch_grads))
-    x_mk, dy_mn = as_matrix(x), as_matrix(grad_y)
     grad_a = make(a) if want_a and not composed else a.new_empty(0)
     grad_b = make(b) if want_b and not composed else b.new_empty(0)
-    grad_w = torch.mm(dy_mn.t(), x_mk) if want_w else x.new_empty(0)
+    grad_w = torch.mm(as_matrix(grad_y).t(), as_matrix(x)) if want_w else x.new_empty(0)
     if m == 0:
         return x.new_empty(x.shape if want_x else 0), grad_w, grad_a, grad_b
     dz = x.new_empty(m, plan.pitch_z)
     if given and (want_x or want_a):
-        low_rank(dz, dy_mn, b, scale)
+        low_rank(dz, as_matrix(grad_y), b, scale)
     w: Tensor | None = None
     stream, served = raw_stream(plan.device), "lora_linear_torch"
     with scratch_lock:
         if want_x:
             w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
-            grad_x = x.new_empty(*x.shape) if plan.gemm else torch.mm(dy_mn, w)
+            grad_x = x.new_empty(*x.shape) if plan.gemm else torch.mm(as_matrix(grad_y), w)
         else:
             grad_x = x.new_empty(0)
         if plan.gemm or not composed:  # what is composed without a GEMM of ours is given too
@@ -304,8 +315,8 @@ def backward(
                 grad_b.data_ptr() if want_b and not composed else 0,
             )  # fmt: skip
     if composed:
-        grad_a = factor_grad(dz.t(), x_mk, a.dtype) if want_a else grad_a
-        grad_b = factor_grad(dy_mn.t(), z, b.dtype) if want_b else grad_b
+        grad_a = factor_grad(dz.t(), as_matrix(x), a.dtype) if want_a else grad_a
+        grad_b = factor_grad(as_matrix(grad_y).t(), z, b.dtype) if want_b else grad_b
     _library.record("lora_linear_backward", served or plan.beside)
     if want_x and not plan.gemm:
         if dropout == 0.0:

@@ -84,7 +84,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     """y = x * keep / (1 - p), the mask a function of the seed, the row and the column alone.
 
     Leading axes count as one: the row of an element is its index in x.view(-1, K). The scale is one over
-    the share that is really kept, as p is taken to the nearest multiple of 1 / 65536.
+    the share that is really kept, as p is taken to the nearest multiple of 1 / 256, within 1 / 32 of 0 and of
+    1 of 1 / 65536.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.

@@ -158,8 +158,8 @@ _backward_plan = _library.planned(_lora_launch.plan)
 
 
 def _lora_backward_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_y, x, _, weight, a, b, _, _, _, absmax, _, _, _, wanted = args
-    plan = _backward_plan(x, weight, a, b, absmax is not None, grad_y, wanted[0])
+    grad_y, x, _, weight, a, b, _, _, _, absmax, _, _, blocksize, wanted = args
+    plan = _backward_plan(x, weight, a, b, absmax, blocksize, grad_y, wanted[0])
     if plan.reason:
         result: tuple[Tensor, Tensor, Tensor, Tensor]
         result = _library.fall_back("lora_linear_backward", plan.reason, *args)
@@ -224,7 +224,7 @@ def _forward_plan(
     dropout: float, seed: Tensor | None, absmax: Tensor | None, *rest: Any,
 ) -> _lora_launch.Plan:  # fmt: skip
     _check_lora("lora_linear", x, weight, bias, a, b, dropout, seed, absmax, *rest)
-    return _lora_launch.plan(x, weight, a, b, absmax is not None, bias=bias)
+    return _lora_launch.plan(x, weight, a, b, absmax, rest[-1], bias=bias)
 
 
 def _lora_kernel(*args: Any) -> tuple[Tensor, Tensor]:
@@ -272,7 +272,8 @@ def lora_linear(
         b: lora_B, [N, R].
         scale: lora_alpha / R, or lora_alpha / sqrt(R) for rsLoRA.
         bias: [N].
-        dropout: probability of dropping an element of the adapter's input, in steps of 1 / 65536.
+        dropout: probability of dropping an element of the adapter's input, in steps of 1 / 256
+            (within 1 / 32 of 0 and of 1: 1 / 65536).
         absmax: scales of an NF4 weight: float32 [B], or uint8 codes with the two nested fields.
         nested_absmax: float32 [ceil(B / 256)].
         nested_offset: float32 scalar.

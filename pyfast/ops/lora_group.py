@@ -211,7 +211,7 @@ _backward_plan = _library.planned(_lora_group_plan.plan)
 
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
-    plan = _backward_plan(args[MOST], tuple(args[-3]), *args[MOST + 2 : -3], *args[:MOST])
+    plan = _backward_plan(args[MOST], tuple(args[-3]), args[-2], *args[MOST + 2 : -3], *args[:MOST])
     if plan.reason:
         result: tuple[Tensor, ...] = _library.fall_back("lora_group_backward", plan.reason, *args)
         return result
@@ -312,7 +312,7 @@ class _LoraGroup(torch.autograd.Function):
 def _forward_plan(*args: Any) -> _lora_group_plan.Plan:
     _check_group(*args)
     weights, _, *rest = (args[1 + i * MOST :][:MOST] for i in range(_KINDS))
-    return _lora_group_plan.plan(args[0], args[-2], *weights, *itertools.chain(*rest))
+    return _lora_group_plan.plan(args[0], *args[-2:], *weights, *itertools.chain(*rest))
 
 
 def _group_kernel(*args: Any) -> tuple[Tensor, ...]:

@@ -4,6 +4,8 @@
 Letters: M tokens, N out features, K in features, B quantisation blocks.
 
     y = x W^T + bias        dx = dy W        W = dequantised to x's dtype, exactly bitsandbytes' values
+
+Few rows on CUDA are multiplied from the packed bytes (`_nf4_few_rows.py`), no further from the exact product.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyfast.ops import _check, _library
+from pyfast.ops import _check, _library, _nf4_few_rows
 from pyfast.ops._autocast import cast_for_autocast
 from pyfast.ops._scratch import scratch, scratch_lock
 from pyfast.ops.nf4 import FLOATS, dequantize_into, dequantize_reference, missing_kernel
@@ -66,13 +68,15 @@ def _slabs(n: int, k: int, blocksize: int) -> list[tuple[int, int]]:
 def _linear_plan(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
-) -> tuple[bool, bool]:  # fmt: skip
-    """Whether W is dequantised whole, and whether there is anything to compute."""
+) -> tuple[bool, bool, bool]:  # fmt: skip
+    """Whether W is read as it is or dequantised whole, and whether there is anything to compute."""
     k = _check.features("nf4_linear", "x", x)
     _linear_check("nf4_linear", x, packed, absmax, bias, out_features, k, blocksize,
                   nested_absmax, offset)  # fmt: skip
-    whole = x.device.type == "cuda" or out_features * k <= _SLAB_ELEMENTS
-    return whole, out_features > 0 and 0 not in x.shape[:-1]
+    cuda = x.device.type == "cuda"
+    filled = out_features > 0 and 0 not in x.shape[:-1]
+    few = cuda and filled and k > 0 and _nf4_few_rows.serves(x, packed, absmax, blocksize)
+    return few, cuda or out_features * k <= _SLAB_ELEMENTS, filled
 
 
 def _linear_kernel(
@@ -83,7 +87,9 @@ def _linear_kernel(
     if reason := missing_kernel(x, x.dtype):
         result: Tensor = _library.fall_back("nf4_linear", reason, *args)
         return result
-    whole, filled = _linear_plan(*args)
+    few, whole, filled = _linear_plan(*args)
+    if few:
+        return _nf4_few_rows.few_rows(*args)
     k = x.shape[-1]
     _library.record("nf4_linear", "nf4_linear_scratch" if whole else "nf4_linear_slabs")
     if whole and filled:
@@ -213,8 +219,8 @@ def nf4_linear(
 ) -> Tensor:
     """y = x W^T + bias with W [N, K] stored in NF4; differentiable in x and bias.
 
-    W is dequantised to x's dtype, so the product sees exactly `nf4_dequantize`'s values. Under autocast
-    x and bias are cast to the autocast dtype.
+    W is dequantised to x's dtype, so the product sees exactly `nf4_dequantize`'s values; up to 256 rows on
+    CUDA may see them rounded after the product instead. Under autocast x and bias are cast to its dtype.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.

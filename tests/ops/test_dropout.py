@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -15,8 +16,21 @@ from pyfast.testing import seeded
 from tests.ops.test_edges import guarded, runnable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(3, 1), (3, 7), (2, 8), (5, 9), (7, 64), (4, 70), (2, 4099), (1000, 33), (0, 16), (4, 0)]
-PROBABILITIES = [0.0, 1e-6, 0.1, 0.5, 0.99999, 1.0]
+SHAPES = [
+    (3, 1),
+    (3, 7),
+    (2, 8),
+    (5, 9),
+    (7, 64),
+    (4, 70),
+    (3, 32),
+    (2, 288),
+    (2, 4099),
+    (1000, 33),
+    (0, 16),
+    (4, 0),
+]
+PROBABILITIES = [0.0, 1e-6, 0.02, 0.1, 0.5, 0.99999, 1.0]
 SEED = [0x0123456789ABCDEF, -0x1122334455667788]
 
 
@@ -112,6 +126,7 @@ def test_mask_statistics(p, device):
     x = torch.ones(rows, columns, device=device)
     y = ops.dropout(x, p)
     kept = (y != 0).double()
+    p = _philox.threshold(p) / _philox.LEVELS
     sigma = (p * (1 - p)) ** 0.5
     assert abs(kept.mean().item() - (1 - p)) < 4 * sigma / (rows * columns) ** 0.5
     assert (kept.mean(0) - (1 - p)).abs().max() < 6 * sigma / rows**0.5
@@ -120,6 +135,44 @@ def test_mask_statistics(p, device):
     assert abs(neighbours - (1 - p) ** 2) < 0.003
     assert abs(y.double().mean().item() - 1.0) < 0.01
     assert not torch.equal(y, ops.dropout(x, p))
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
+def test_the_bits_of_a_word_are_independent(p, device):
+    """Any two of 32 columns that are drawn together, and any two groups, rows and offsets."""
+    rows, groups, drop = 1 << 13, 8, _philox.threshold(p) / _philox.LEVELS
+    kept = [
+        _philox.keep_mask(torch.tensor([3, offset], device=device), rows, groups * 32, p).double()
+        for offset in (1, 2)
+    ]
+    bits, other = ((k - (1 - drop)) / (drop * (1 - drop)) ** 0.5 for k in kept)
+    words = bits.view(rows * groups, 32)
+    bound = 5.5 * (rows * groups) ** -0.5  # 496 pairs below: 2e-5 that one of them is above
+    assert (words.t() @ words / len(words)).fill_diagonal_(0.0).abs().max() < bound
+    by_group = bits.view(rows, groups, 32).transpose(0, 1).reshape(groups, -1)
+    bound = 5.5 * by_group.shape[1] ** -0.5
+    assert (by_group @ by_group.t() / by_group.shape[1]).fill_diagonal_(0.0).abs().max() < bound
+    assert (bits * bits.roll(1, 0)).mean().abs() < 5.5 * bits.numel() ** -0.5
+    assert (bits * other).mean().abs() < 5.5 * bits.numel() ** -0.5
+
+
+def test_masks_of_one_seed_are_nested(device):
+    """What a lower p drops, a higher p drops too, whatever bits either draws."""
+    seed = torch.tensor(SEED, device=device)
+    probabilities = [0.0, 0.001, 0.02, 1 / 32, 0.1, 0.3, 0.5, 0.9, 0.98, 0.999, 1.0]
+    masks = [_philox.keep_mask(seed, 64, 100, p) for p in probabilities]
+    for lower, higher in itertools.pairwise(masks):
+        assert not (higher & ~lower).any()
+
+
+@pytest.mark.parametrize(
+    ("p", "threshold"),
+    [(0.0, 0), (0.02, 1311), (1 / 32, 2048), (0.05, 13 * 256), (0.1, 26 * 256), (0.5, 1 << 15),
+     (31 / 32, 31 << 11), (0.98, 64225), (0.999, 65470), (1.0, 1 << 16)],
+)  # fmt: skip
+def test_a_threshold_has_eight_bits_where_they_do(p, threshold):
+    assert _philox.threshold(p) == threshold
+    assert abs(threshold / _philox.LEVELS - p) <= max(min(p, 1 - p) / 16, 0.5 / _philox.LEVELS)
 
 
 def test_the_seed_comes_from_the_devices_generator(device):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -88,28 +90,38 @@ def test_the_oracle_knows_the_published_vectors(rounds, counter, key, words):
     assert philox_words(counter, key, rounds) == words
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
-def test_the_mask_is_philox_by_row_and_column(p, device):
+@pytest.mark.parametrize(
+    ("p", "threshold"),
+    [(0.0, 0), (0.01, 655), (1 / 32, 2048), (0.1, 26 * 256), (0.5, 1 << 15), (0.75, 3 << 14),
+     (0.97, 63570), (0.999, 65470), (1.0, 1 << 16)],
+)  # fmt: skip
+def test_the_mask_is_philox_by_row_and_column(p, threshold, device):
     seed = torch.tensor([0x0123456789ABCDEF, 0x1122334455667788], device=device)
-    rows, columns = 5, 21
+    rows, columns = 5, 75
     keep = _philox.keep_mask(seed, rows, columns, p).cpu()
     key = (0x89ABCDEF, 0x01234567)
-    for row in range(rows):
-        for column in range(columns):
-            words = philox_words((row, column // 8, 0x55667788, 0x11223344), key)
-            bits = words[column % 8 // 2] >> (16 * (column % 2)) & 0xFFFF
-            assert bool(keep[row, column]) == (bits >= round(p * 65536))
+    for row, group in itertools.product(range(rows), range(3)):
+        words = [
+            word
+            for call in range(4)
+            for word in philox_words((row, 4 * group + call, 0x55667788, 0x11223344), key)
+        ]
+        for column in range(32 * group, min(columns, 32 * group + 32)):
+            number = sum((word >> column % 32 & 1) << j for j, word in enumerate(words))
+            assert bool(keep[row, column]) == (number >= threshold)
 
 
 def test_mask_statistics(device):
     seed = torch.tensor([1, 2], device=device)
-    keep = _philox.keep_mask(seed, 512, 1024, 0.1).double()
-    assert abs(keep.mean().item() - 0.9) < 4 * (0.09 / keep.numel()) ** 0.5
+    p = 26 / 256
+    keep = _philox.keep_mask(seed, 512, 1024, p).double()
+    variance = p * (1 - p)
+    assert abs(keep.mean().item() - (1 - p)) < 4 * (variance / keep.numel()) ** 0.5
     columns = keep.mean(0)
-    assert (columns - 0.9).abs().max() < 6 * (0.09 / 512) ** 0.5
-    other = _philox.keep_mask(torch.tensor([1, 3], device=device), 512, 1024, 0.1).double()
+    assert (columns - (1 - p)).abs().max() < 6 * (variance / 512) ** 0.5
+    other = _philox.keep_mask(torch.tensor([1, 3], device=device), 512, 1024, p).double()
     overlap = (keep * other).mean().item()
-    assert abs(overlap - 0.81) < 0.002
+    assert abs(overlap - (1 - p) ** 2) < 0.002
 
 
 @pytest.mark.parametrize("p", [0.3, 1.0])

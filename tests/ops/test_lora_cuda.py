@@ -117,14 +117,26 @@ def test_gemms_that_make_their_low_rank_operand(shape, rank, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rank", [3, 16, 33, 128, 200])
-def test_dropout_draws_one_mask_in_all_kernels(shape, rank, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "p"),
+    [
+        (3, 0.25),
+        (16, 0.25),
+        (16, 0.02),
+        (33, 0.25),
+        (33, 0.02),
+        (128, 0.02),
+        (128, 1.0),
+        (200, 0.25),
+    ],
+)
+def test_dropout_draws_one_mask_in_all_kernels(shape, rank, p, dtype, monkeypatch):
     m, k, _ = shape
     seed = torch.tensor([5, 9 << 33], device="cuda")
     monkeypatch.setattr(_philox, "new_seed", lambda device: seed)
-    mask = (_philox.keep_mask(seed, m, k, 0.25) * _philox.keep_scale(0.25)).double()
+    mask = (_philox.keep_mask(seed, m, k, p) * _philox.keep_scale(p)).double()
     x, w, a, b, dy = operands(*shape, rank, dtype, dtype, True)
-    y = ops.lora_linear(x, w, a, b, scale=SCALE, dropout=0.25)
+    y = ops.lora_linear(x, w, a, b, scale=SCALE, dropout=p)
     y.backward(dy)
     expected = exact(x, w, a, b, dy, mask)
     check((y.detach(), x.grad, a.grad, b.grad), expected, composed(x, w, a, b, dy, mask.to(dtype)))
@@ -133,7 +145,7 @@ def test_dropout_draws_one_mask_in_all_kernels(shape, rank, dtype, monkeypatch):
 @pytest.mark.skipif(not SM90, reason="needs compute capability 9.0")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [shape for shape in WIDE_SHAPES if shape[1] != 2304], ids=str)
-@pytest.mark.parametrize(("rank", "p"), [(1, 0.5), (9, 0.9), (16, 0.1), (16, 1.0)])
+@pytest.mark.parametrize(("rank", "p"), [(1, 0.5), (9, 0.9), (16, 0.1), (16, 0.02), (16, 1.0)])
 def test_gemms_that_make_their_low_rank_operand_with_dropout(shape, rank, p, dtype, monkeypatch):
     m, k, _ = shape
     seed = torch.tensor([-7, 3 << 35], device="cuda")
@@ -240,3 +252,34 @@ def test_streams_share_nothing_and_never_wait_for_each_other(shape):
     for x, _, a, b, _ in cases:
         for tensor, e in zip((x, a, b), expected[1:], strict=True):
             assert (tensor.grad.double() - e).norm() < 0.01 * e.norm()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [1, 7, 16, 33, 200, 256])
+def test_few_rows_of_an_nf4_weight_are_multiplied_from_its_bytes(m, dtype):
+    k, n, r = 1088, 9000 if m > 16 else 1032, 16
+    x, w, a, b, dy = operands(m, k, n, r, dtype, torch.float32, True)
+    for nested in (False, True):
+        codes, absmax, inner, offset = packed(n, k, "cuda", nested=nested)
+        parts = {"nested_absmax": inner, "nested_offset": offset}
+        w = ops.nf4_dequantize(codes, absmax, (n, k), dtype, **parts)
+        bias = seeded((n,), seed=6, dtype=dtype, device="cuda")
+        with ops.recorded_kernels() as ran:
+            y = ops.lora_linear(x, codes, a, b, scale=SCALE, bias=bias, absmax=absmax, **parts)
+            y.backward(dy)
+        assert [op for op, _ in ran] == [
+            "nf4_linear",
+            "lora_linear",
+            "nf4_dequantize",
+            "lora_linear_backward",
+        ]
+        assert "few_rows" in ran[0][1]
+        assert ran[1][1].endswith("(few rows of an NF4 weight)")
+        y = y.detach() - bias.double()
+        expected, plain = exact(x, w, a, b, dy), composed(x, w, a, b, dy)
+        # The bias is rounded with the sum, so y is held by twice the plain composition's error.
+        assert (y - expected[0]).norm() <= 2 * (
+            plain[0].double() - expected[0]
+        ).norm() + 1e-3 * y.norm()
+        check((expected[0], x.grad, a.grad, b.grad), expected, plain)
+        x.grad = a.grad = b.grad = None

@@ -181,7 +181,11 @@ def test_one_hot_inputs_reproduce_the_weights(n, k, nested, device):
             x[torch.arange(rows.numel()), rows] = 1
         with ops.recorded_kernels() as ran:
             y = ops.nf4_linear(x, codes, absmax, out_features=n, **scales)
-            assert torch.equal(y, w[:, rows].t())
+            if any("few_rows" in name for _, name in ran):
+                eps = torch.finfo(dtype).eps  # the scale is applied after the product
+                assert ((y - w[:, rows].t()).abs() <= eps * w[:, rows].t().abs()).all()
+            else:
+                assert torch.equal(y, w[:, rows].t())
             picks = torch.arange(0, n, max(1, n // rows.numel()), device=device)[: rows.numel()]
             dy = torch.zeros_like(y)
             dy[torch.arange(picks.numel()), picks] = 1

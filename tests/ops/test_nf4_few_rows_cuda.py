@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pyfast import _extension, ops
-from pyfast.ops import _nf4_few_rows
 from pyfast.testing import seeded
 from tests.cases import packed
 
@@ -15,15 +14,17 @@ pytestmark = pytest.mark.gpu
 
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 128, 129, 255, 256)
 # Ragged N, K that is no multiple of a chunk of 256, several passes over bands of rows.
-SHAPES = [(1000, 512), (4099, 1088), (40003, 320), (3000, 4096), (5, 64)]
+SHAPES = [(1000, 512), (9001, 1088), (40003, 320), (3000, 4096), (5, 64)]
 HALVES = (torch.bfloat16, torch.float16)
 SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-def expected_kernel(m):
-    if not SM90:
-        return "nf4_few_rows_mma_sm80" if m <= 16 else "nf4_linear_scratch"
-    return "nf4_few_rows_mma_sm90" if m <= 16 else "nf4_few_rows_wgmma_sm90"
+def expected_kernel(m, n):
+    if m <= 16:
+        return f"nf4_few_rows_mma_{'sm90' if SM90 else 'sm80'}"
+    sm_count = torch.cuda.get_device_properties("cuda").multi_processor_count
+    served = SM90 and n > (16 if m <= 64 else 64) * sm_count
+    return "nf4_few_rows_wgmma_sm90" if served else "nf4_linear_scratch"
 
 
 def linear(x, parts, n, bias=None):
@@ -59,19 +60,20 @@ def test_no_further_from_float64_than_bitsandbytes(shape, dtype, nested):
         x = seeded((m, k + 64), seed=m, dtype=dtype, device="cuda")[:, :k]
         bias = seeded((n,), seed=3, dtype=dtype, device="cuda") if m % 2 else None
         y, kernel = linear(x, parts, n, bias)
-        assert kernel == expected_kernel(m)
+        assert kernel == expected_kernel(m, n)
         added = 0.0 if bias is None else bias.double()
         exact = x.double() @ exact_w.T + added
         # bitsandbytes at its best: a float32 product of its dequantised weights, rounded once.
         best = (x.double() @ rounded_w.T + added).to(dtype)
-        few = 1.2 if m * n < 10_000 else 1.01
+        # A handful of values: single roundings decide.
+        few = 2.0 if m * n < 100 else 1.2 if m * n < 10_000 else 1.01
         assert rms(y, exact) <= few * rms(best, exact), m
         assert torch.equal(y, linear(x, parts, n, bias)[0])
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(1000, 512), (4099, 1088)])
+@pytest.mark.parametrize("shape", [(1000, 512), (9001, 1088)])
 def test_one_hot_rows_give_the_weights_within_one_rounding(shape, dtype, nested):
     n, k = shape
     parts = packed(n, k, "cuda", nested=nested)
@@ -81,7 +83,7 @@ def test_one_hot_rows_give_the_weights_within_one_rounding(shape, dtype, nested)
         x = torch.zeros((m, k), dtype=dtype, device="cuda")
         x[torch.arange(m, device="cuda"), hot] = 1
         y, kernel = linear(x, parts, n)
-        assert kernel == expected_kernel(m)
+        assert kernel == expected_kernel(m, n)
         # Neighbours among the numbers of a 2-byte type differ by one as integers.
         steps = (y.view(torch.int16).int() - weights[:, hot].T.view(torch.int16).int()).abs()
         assert steps.max() <= 1, m
@@ -90,7 +92,7 @@ def test_one_hot_rows_give_the_weights_within_one_rounding(shape, dtype, nested)
 @pytest.mark.parametrize("m", [1, 12, 40, 100, 200])
 def test_hostile_scales_and_inputs(m):
     """A NaN scale spoils its own out feature, an infinite x its own row."""
-    n, k = 300, 512
+    n, k = 9000, 512
     codes, absmax, inner, offset = packed(n, k, "cuda")
     absmax[7 * k // 64] = float("nan")
     x = seeded((m, k), seed=1, dtype=torch.bfloat16, device="cuda")
@@ -106,7 +108,7 @@ def test_hostile_scales_and_inputs(m):
 
 @pytest.mark.parametrize("m", [1, 16, 64, 256])
 def test_on_a_side_stream_and_in_a_graph(m):
-    n, k = 2048, 1024
+    n, k = 9000, 1024
     parts = packed(n, k, "cuda", nested=True)
     x = seeded((m, k), seed=1, dtype=torch.bfloat16, device="cuda")
     later = seeded((m, k), seed=2, dtype=torch.bfloat16, device="cuda")
@@ -133,21 +135,28 @@ def test_on_a_side_stream_and_in_a_graph(m):
     assert torch.equal(second, expected_later)
 
 
-@pytest.mark.parametrize("m", [1, 16])
-def test_the_kernel_without_tma(m):
-    n, k = 4099, 1088
+@pytest.mark.parametrize("n", [5, 1000, 4099])
+@pytest.mark.parametrize(
+    ("variant", "m"),
+    [("mma_sm80", 1), ("mma_sm80", 16), ("wgmma_sm90", 1), ("wgmma_sm90", 64), ("wgmma_sm90", 99),
+     ("wgmma_sm90", 256)],
+)  # fmt: skip
+def test_kernels_that_other_shapes_are_served_by(variant, m, n):
+    if variant.endswith("sm90") and not SM90:
+        pytest.skip("needs compute capability 9.0")
+    k = 1088
     codes, absmax, inner, offset = packed(n, k, "cuda", nested=True)
     x = seeded((m, k), seed=1, dtype=torch.bfloat16, device="cuda")
     y = torch.full((m, n), float("nan"), dtype=x.dtype, device="cuda")
     name = _extension.C.nf4_few_rows(
         x=x.data_ptr(), pitch_x=k, packed=codes.data_ptr(), absmax=absmax.data_ptr(),
         nested_absmax=inner.data_ptr(), offset=offset.data_ptr(), bias=0, y=y.data_ptr(),
-        pitch_y=n, m=m, n=n, k=k, dtype=_extension.DTYPES[x.dtype], blocksize=64,
-        variant="nf4_few_rows_mma_sm80", **_extension.launch_args(x),
+        pitch_y=n, m=m, n=n, k=k, dtype=_extension.DTYPES[x.dtype], blocksize=64, early=False,
+        variant=f"nf4_few_rows_{variant}", **_extension.launch_args(x),
     )  # fmt: skip
-    assert name == "nf4_few_rows_mma_sm80"
+    assert name == f"nf4_few_rows_{variant}"
     exact = x.double() @ dense((codes, absmax, inner, offset), n, k, torch.float32).double().T
-    assert rms(y, exact) < 3e-3
+    assert rms(y, exact) < 4e-3
 
 
 def test_what_the_extension_refuses():
@@ -157,7 +166,7 @@ def test_what_the_extension_refuses():
     served = {
         "x": x.data_ptr(), "pitch_x": 128, "packed": codes.data_ptr(), "absmax": absmax.data_ptr(),
         "nested_absmax": 0, "offset": 0, "bias": 0, "y": y.data_ptr(), "pitch_y": 64, "m": 1,
-        "n": 64, "k": 128, "dtype": 2, "blocksize": 64, **_extension.launch_args(x),
+        "n": 64, "k": 128, "dtype": 2, "blocksize": 64, "early": True, **_extension.launch_args(x),
     }  # fmt: skip
     for changes, sentence in (
         ({"m": 257}, "it takes up to"),
@@ -180,9 +189,8 @@ def test_shapes_strides_and_gradients():
     x = seeded((k, 6), seed=1, dtype=torch.bfloat16, device="cuda").T.view(2, 3, k)
     x = x.detach().requires_grad_()
     y, kernel = linear(x, parts, n)
-    assert kernel == expected_kernel(6)
+    assert kernel == expected_kernel(6, n)
     assert y.shape == (2, 3, n)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, weights), rtol=2e-2, atol=2e-2)
+    assert rms(y, x.double() @ dense(parts, n, k, torch.float32).double().T) < 4e-3
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, torch.ones_like(y) @ weights, rtol=2e-2, atol=2e-2)
-    assert _nf4_few_rows.MOST_ROWS == 256
