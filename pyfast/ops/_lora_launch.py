@@ -223,8 +223,9 @@ def _problem(
     return (
         plan.device, stream, *plan.sizes, x.data_ptr(), plan.pitch_x,
         w.data_ptr() if w is not None and plan.gemm else 0, plan.pitch_w, plan.by_out,
-        _extension.ptr(a), _extension.ptr(b), scale, plan.pitch_z, _extension.ptr(seed),
-        _philox.threshold(dropout), counters + plan.counters, counters,
+        0 if a is None else a.data_ptr(), 0 if b is None else b.data_ptr(), scale, plan.pitch_z,
+        0 if seed is None else seed.data_ptr(), _philox.threshold(dropout) if dropout else 0,
+        counters + plan.counters, counters,
     )  # fmt: skip
 
 
@@ -286,7 +287,7 @@ def backward(
     if not plan.factors_in_place:
         a, b = a.contiguous(), b.contiguous()
     make = torch.empty_like if m else torch.zeros_like
-    given, composed = (dropout == 0.0 and each for each in (plan.torch_low, plan.torch_grads))
+    given, composed = plan.torch_low and dropout == 0.0, plan.torch_grads and dropout == 0.0
     grad_a = make(a) if want_a and not composed else a.new_empty(0)
     grad_b = make(b) if want_b and not composed else b.new_empty(0)
     grad_w = torch.mm(as_matrix(grad_y).t(), as_matrix(x)) if want_w else x.new_empty(0)
