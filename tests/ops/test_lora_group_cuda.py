@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from pyfast import ops
+from pyfast import _extension, ops
 from pyfast.ops.lora_group import lora_group
 from pyfast.testing import seeded
 from tests.cases import packed
@@ -122,6 +122,17 @@ def test_gemms_that_make_the_low_rank_operands_of_all_members(group, dtype):
         ran = check(args, dys)
         assert [op for op, _ in ran] == ["lora_group", "lora_group_backward"]
         assert all(name.startswith(MAKING) for _, name in ran), ran
+
+
+@pytest.mark.parametrize("group", MAKES, ids=str)
+def test_passes_where_gemms_may_not_make_low_rank_operands(group):
+    _extension.C.lora_allow_making(False)  # as beside other ranks of torch.distributed
+    try:
+        args, dys = operands(group, torch.bfloat16, torch.float32)
+        ran = check(args, dys)
+    finally:
+        _extension.C.lora_allow_making(True)
+    assert all(name.startswith("gemm_sm90_") and MAKING not in name for _, name in ran), ran
 
 
 @pytest.mark.parametrize("dtype", HALVES)
