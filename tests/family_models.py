@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from tests.models import VOCAB, token_ids
+from tests.models import VOCAB, plain, token_ids
 
 _SIZES = {
     "vocab_size": VOCAB,
@@ -136,3 +136,22 @@ def outputs(model):
     """Logits for `batch`, without gradients."""
     with torch.no_grad():
         return model(**batch(model)).logits
+
+
+def gradients(model, name_of=str):
+    """Name to gradient, of all parameters that got one."""
+    model(**batch(model)).loss.backward()
+    return {name_of(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_trains_like_peft(ours, theirs):
+    """The same parameters, shapes, state and, in float64, outputs and gradients."""
+    mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    other = {plain(n): p for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {n: p.shape for n, p in mine.items()} == {n: p.shape for n, p in other.items()}
+    assert {plain(n) for n in theirs.state_dict()} == set(ours.state_dict())
+    torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-9, atol=1e-9)
+    got, wanted = gradients(ours), gradients(theirs, plain)
+    assert got.keys() == wanted.keys() == mine.keys()
+    for path, gradient in got.items():
+        torch.testing.assert_close(gradient, wanted[path], rtol=1e-9, atol=1e-9)

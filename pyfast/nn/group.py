@@ -225,9 +225,11 @@ def _taken(y: Tensor) -> None:
 
 
 def _compute(x: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:
-    weight = parts[0].weight
-    quantized = isinstance(weight, NF4Weight)
-    inner = x.to(weight.compute_dtype or x.dtype) if isinstance(weight, NF4Weight) else x
+    weight, inner = parts[0].weight, x
+    nf4: dict[str, Any] = {}
+    if isinstance(weight, NF4Weight):
+        inner = x.to(weight.compute_dtype or x.dtype)
+        nf4 = {"nf4": [part.scales() for part in parts], "blocksize": weight.blocksize}
     ys = lora_group(
         inner,
         [part.tensor for part in parts],
@@ -235,10 +237,10 @@ def _compute(x: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:
         [part.b for part in parts],
         scales=[part.scale for part in parts],
         biases=[part.weight.bias for part in parts],
-        nf4=[part.scales() for part in parts] if quantized else None,
-        blocksize=weight.blocksize if isinstance(weight, NF4Weight) else 64,
+        **nf4,
     )
-    return ys if inner is x else tuple(y.to(x.dtype) for y in ys)
+    restored = isinstance(weight, NF4Weight) and weight.compute_dtype is not None
+    return tuple(y.to(x.dtype) for y in ys) if restored else ys
 
 
 def _state(x: Tensor) -> State | None:

@@ -32,6 +32,7 @@ _MAX_ROWS = 64 << 16
 
 
 FEW_RANKS, MANY_ROWS = 16, 1024
+"""Up to so many ranks, or below so many rows, our kernels make the products of A and B's size."""
 
 
 def padded(rank: int) -> int:
@@ -200,7 +201,7 @@ def _dense(
 
 
 _alone = True
-"""What C++ was told last by `_share_device`."""
+"""What C++ was told last by `share_device`."""
 
 
 def share_device() -> None:

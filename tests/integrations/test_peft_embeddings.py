@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import pyfast
 from pyfast import LoraConfig
 from pyfast.errors import AdapterStateError, TargetModuleError, UnsupportedError
-from tests.family_models import batch, outputs, variant
+from tests.family_models import assert_trains_like_peft, batch, outputs, variant
 from tests.models import fingerprint, logits, plain, randomise
 
 pytestmark = [
@@ -61,23 +61,9 @@ def pair(name, dtype=torch.float32, **more):
     return randomise(ours), randomise(theirs)
 
 
-def gradients(model):
-    model(**batch(model)).loss.backward()
-    return {plain(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_outputs_and_gradients_are_pefts(name):
-    ours, theirs = pair(name, torch.float64)
-    mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
-    other = {plain(n): p for n, p in theirs.named_parameters() if p.requires_grad}
-    assert {n: p.shape for n, p in mine.items()} == {n: p.shape for n, p in other.items()}
-    assert {plain(n) for n in theirs.state_dict()} == set(ours.state_dict())
-    torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-9, atol=1e-9)
-    got, wanted = gradients(ours), gradients(theirs)
-    assert got.keys() == wanted.keys() == mine.keys()
-    for path, gradient in got.items():
-        torch.testing.assert_close(gradient, wanted[path], rtol=1e-9, atol=1e-9)
+    assert_trains_like_peft(*pair(name, torch.float64))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])

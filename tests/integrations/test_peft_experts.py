@@ -16,7 +16,7 @@ import pyfast
 from pyfast import LoraConfig
 from pyfast.errors import AdapterStateError, QuantizedMergeError
 from pyfast.nn.experts import quantized_experts
-from tests.family_models import batch, outputs, variant
+from tests.family_models import assert_trains_like_peft, gradients, outputs, variant
 from tests.models import VOCAB, fingerprint, plain, randomise
 
 pytestmark = [
@@ -61,27 +61,13 @@ def pair(name="both", dtype=torch.float32):
     return randomise(ours), randomise(theirs)
 
 
-def gradients(model):
-    model(**batch(model)).loss.backward()
-    return {plain(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 def experts(model, layer=0):
     return model.model.layers[layer].mlp.experts
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_outputs_and_gradients_are_pefts(name):
-    ours, theirs = pair(name, torch.float64)
-    mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
-    other = {plain(n): p for n, p in theirs.named_parameters() if p.requires_grad}
-    assert {n: p.shape for n, p in mine.items()} == {n: p.shape for n, p in other.items()}
-    assert {plain(n) for n in theirs.state_dict()} == set(ours.state_dict())
-    torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-9, atol=1e-9)
-    got, wanted = gradients(ours), gradients(theirs)
-    assert got.keys() == wanted.keys() == mine.keys()
-    for path, gradient in got.items():
-        torch.testing.assert_close(gradient, wanted[path], rtol=1e-9, atol=1e-9)
+    assert_trains_like_peft(*pair(name, torch.float64))
 
 
 def other_family(kind):
@@ -110,7 +96,7 @@ def test_experts_of_other_families(kind):
     theirs = randomise(get_peft_model(other_family(kind), peft.LoraConfig(**options)))
     assert (outputs(ours) - outputs(other_family(kind))).abs().max() > 1e-3
     torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-5, atol=1e-5)
-    got, wanted = gradients(ours), gradients(theirs)
+    got, wanted = gradients(ours, plain), gradients(theirs, plain)
     assert got.keys() == wanted.keys()
     for path, gradient in got.items():
         torch.testing.assert_close(gradient, wanted[path], rtol=1e-4, atol=1e-5)
@@ -214,7 +200,7 @@ def test_on_nf4_experts(name, nested, tmp_path):
     for model in (ours, theirs):
         randomise(model)
     torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-4, atol=1e-5)
-    got, wanted = gradients(ours), gradients(theirs)
+    got, wanted = gradients(ours, plain), gradients(theirs, plain)
     assert got.keys() == wanted.keys()
     for path, gradient in got.items():
         torch.testing.assert_close(gradient, wanted[path], rtol=1e-4, atol=1e-5)

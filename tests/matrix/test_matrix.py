@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import pyfast
-from tests.family_models import VARIANTS, batch, outputs, variant
+from tests.family_models import VARIANTS, batch, gradients, outputs, variant
 from tests.matrix.methods import METHODS, dequantised
 
 pytestmark = [
@@ -72,12 +72,6 @@ def pair(method, name, *, dtype=torch.float32):
         for path, parameter in mine.items():
             other[path].copy_(parameter)
     return ours, theirs
-
-
-def gradients(model, name_of=str):
-    """Name to gradient, of all parameters that got one."""
-    model(**batch(model)).loss.backward()
-    return {name_of(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def steps(model):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pyfast.train import FinetuneConfig
 from pyfast.train.config import AdapterOptions, DatasetOptions, RunOptions
+from pyfast.train.loop import Trainer, finetune
 from tests.models import llama
 
 TEMPLATE = (
@@ -92,3 +93,24 @@ def make_config(tiny_model: Path, data_file: Path, tmp_path: Path) -> MakeConfig
         return FinetuneConfig(**fields, run=RunOptions(**run))
 
     return make
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[FinetuneConfig, int], None]:
+    """Starts a run that Ctrl-C ends ahead of a step."""
+
+    def start(config: FinetuneConfig, step: int) -> None:
+        original, calls = Trainer.step, []
+
+        def stopping(trainer: Trainer) -> Any:
+            calls.append(1)
+            if len(calls) == step:
+                raise KeyboardInterrupt
+            return original(trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(config)
+
+    return start

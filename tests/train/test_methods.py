@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import pyfast
 from pyfast.train.config import BottleneckOptions, OptimizerOptions, PromptOptions
-from pyfast.train.loop import Trainer, finetune
+from pyfast.train.loop import finetune
 from pyfast.train.model import learned_positions, method_config
 from pyfast.train.pretrained import load_pretrained
 from tests.models import gpt2
@@ -51,22 +51,11 @@ def test_trains_and_writes_an_adapter_that_is_used(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_run_is_the_whole_run(
-    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    make_config: Any, tmp_path: Path, interrupt: Any, method: str
 ) -> None:
     whole = finetune(make_config(**options(method, output_dir=str(tmp_path / "whole"))))
     config = make_config(**options(method, output_dir=str(tmp_path / "cut"), save_every=3))
-    original, calls = Trainer.step, []
-
-    def stopping(trainer: Trainer) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(config)
+    interrupt(config, step=4)
     torch.manual_seed(99)  # the process that resumes is in another state
     config.resume = True
     files = [finetune(config).weights, whole.weights]

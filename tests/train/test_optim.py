@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import pyfast
 from pyfast.errors import ConfigError
 from pyfast.train.config import AdapterOptions, OptimizerOptions, validate
-from pyfast.train.loop import Trainer, finetune
+from pyfast.train.loop import finetune
 from pyfast.train.model import method_config
 from pyfast.train.optim import make_optimizer
 from tests.models import llama
@@ -32,24 +32,13 @@ def options(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_resumed_run_in_8_bits_is_the_whole_run(
-    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    make_config: Any, tmp_path: Path, interrupt: Any, method: str
 ) -> None:
     optimizer = OptimizerOptions(name="adamw_8bit", weight_decay=0.01)
     run = options(method=method, optimizer=optimizer)
     whole = finetune(make_config(**run, output_dir=str(tmp_path / "whole")))
     config = make_config(**run, output_dir=str(tmp_path / "cut"), save_every=3)
-    original, calls = Trainer.step, []
-
-    def stopping(trainer: Trainer) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(config)
+    interrupt(config, step=4)
     stored = load_file(tmp_path / "cut" / "checkpoints" / "step-000003" / "training.safetensors")
     states = [t for name, t in stored.items() if name.startswith("optimizer.state1.")]
     assert any(state.dtype == torch.uint8 for state in states)
