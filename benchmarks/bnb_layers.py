@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bitsandbytes' objects around the NF4 bytes that all providers get."""
+"""Layers over the NF4 bytes that all providers get: bitsandbytes' and ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.cases import BLOCKSIZE
 from benchmarks.operands import Operands
+from pyfast.nn import NF4Linear, NF4Weight
 
 
 def quant_state(operands: Operands) -> Any:
@@ -49,3 +50,14 @@ def linear_4bit(operands: Operands) -> nn.Module:
         bnb_quantized=True,
     )  # fmt: skip
     return layer
+
+
+def our_linear(operands: Operands) -> nn.Module:
+    """pyfast's layer over the operands' NF4 bytes."""
+    n, k = operands.w.shape
+    scales = operands.scales
+    weight = NF4Weight(
+        operands.packed, scales["absmax"], (n, k), operands.dtype, BLOCKSIZE,
+        scales.get("nested_absmax"), scales.get("nested_offset"),
+    )  # fmt: skip
+    return NF4Linear(weight)

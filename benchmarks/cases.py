@@ -7,6 +7,7 @@ Letters: M tokens, N out features, K in features, R rank.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +19,14 @@ DROPOUT = 0.1
 LLAMA = {"hidden": 4096, "kv": 1024, "ff": 14336}
 """Sizes of a layer of Llama-3-8B."""
 TINY_LLAMA = {"hidden": 64, "kv": 32, "ff": 128}
+LORA_METHODS = ("lora", "qlora")
+METHODS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
+    "sft": ((), {}),
+    "p_tuning": ((), {"virtual": 20}),
+    "bottleneck": (("adapter_bottleneck",), {"r": 32}),
+    "ia3": (("adapter_scale",), {}),
+}
+"""The other methods: ops that they use, and sizes of their adapters, by default in all libraries."""
 
 
 class Linear(NamedTuple):
@@ -50,10 +59,11 @@ class Case:
         op: the family that providers register for.
         covers: public ops of pyfast that the case exercises.
         shape: sizes by name: the letters above; of a model hidden, kv and ff (intermediate), and for a
-            training step layers, vocab, batch and tokens of each sequence.
+            training step layers, vocab, batch, tokens of each sequence and virtual ones in front.
         modes: "fwd", and "fwdbwd" where the op has a gradient; "step" for a training step.
         nf4: the weight is stored in NF4. nested: with 8-bit scales.
         dropout: of the adapter's input.
+        method: what a training step trains.
         checkpointing: of each layer's activations.
         tolerance: largest max_err that is still the same computation.
     """
@@ -66,13 +76,15 @@ class Case:
     nf4: bool = False
     nested: bool = False
     dropout: float = 0.0
+    method: str = "lora"
     checkpointing: bool = False
     tolerance: float = 0.05
 
     @property
     def adapted(self) -> bool:
         """Whether its linears have LoRA."""
-        return self.op.startswith("lora_") or self.op == "train_step"
+        step = self.op == "train_step" and self.method in LORA_METHODS
+        return step or self.op.startswith("lora_")
 
     @cached_property
     def linears(self) -> list[Linear]:
@@ -113,15 +125,22 @@ class Case:
     @property
     def tokens(self) -> int:
         """Rows of the inputs."""
-        return self.shape.get("m", self.shape.get("batch", 0) * self.shape.get("tokens", 0))
+        s = self.shape
+        return s.get("m", s.get("batch", 0) * (s.get("tokens", 0) + s.get("virtual", 0)))
 
     def flops(self, mode: str) -> int:
         """Floating-point operations of the linears' matrix products; a frozen weight has no gradient."""
         s, m = self.shape, self.tokens
         dense = sum(2 * m * n * k for _, _, n, k in self.linears)
         dense += 2 * m * s.get("vocab", 0) * s.get("hidden", 0)
-        low_rank = sum(2 * m * s.get("r", 0) * (n + k) for _, _, n, k in self.linears)
-        return dense + low_rank if mode == "fwd" else 2 * dense + 3 * low_rank
+        # A bottleneck behind attention and MLP of each layer, of two matrices; otherwise LoRA.
+        sizes = [(n, k) for _, _, n, k in self.linears]
+        if self.method == "bottleneck":
+            sizes = 2 * s["layers"] * [(s["hidden"], s["hidden"])]
+        low_rank = sum(2 * m * s.get("r", 0) * (n + k) for n, k in sizes)
+        if mode == "fwd":
+            return dense + low_rank
+        return (3 if self.method == "sft" else 2) * dense + 3 * low_rank
 
     def bytes(self, mode: str, itemsize: int) -> int:
         """Bytes that must move once: weights in their stored form, inputs and outputs of the linears."""
@@ -187,34 +206,62 @@ def _loras(
                     )  # fmt: skip
 
 
-def _blocks(op: str, sizes: dict[str, int], rows: list[int], ranks: list[int]) -> Iterator[Case]:
-    for m in rows:
-        for r in ranks:
-            yield Case(
-                f"{op}/r{r}/m{m}", op, ("lora_linear", "lora_group"), {"m": m, **sizes, "r": r},
-                ("fwd", "fwdbwd"),
-            )  # fmt: skip
+def _blocks(
+    op: str,
+    sizes: dict[str, int],
+    rows: list[int],
+    ranks: list[int],
+    dropouts: tuple[float, ...] = (0.0,),
+    *,
+    nf4: bool = False,
+) -> Iterator[Case]:
+    base = f"{op}/nf4" if nf4 else op
+    for m, r, p in itertools.product(rows, ranks, dropouts):
+        yield Case(
+            f"{base}/r{r}/m{m}" + (f"/p{p}" if p else ""), op, ("lora_linear", "lora_group"),
+            {"m": m, **sizes, "r": r}, ("fwd", "fwdbwd"), nf4=nf4, nested=nf4, dropout=p,
+        )  # fmt: skip
 
 
 def _steps(
     name: str, model: dict[str, int], batches: list[tuple[int, int]], r: int
 ) -> Iterator[Case]:
-    for batch, tokens in batches:
-        for checkpointing in (False, True):
-            yield Case(
-                f"train_step/{name}/r{r}/{batch}x{tokens}" + "/checkpointing" * checkpointing,
-                "train_step", ("lora_linear",), {"batch": batch, "tokens": tokens, **model, "r": r},
-                ("step",), checkpointing=checkpointing, tolerance=0.1,
+    """Of LoRA over dense and NF4 weights at every batch, and of the other methods at the first."""
+    plain = Case("", "train_step", (), {}, ("step",), tolerance=0.1)
+    for method in LORA_METHODS:
+        label, nf4 = f"r{r}" if method == "lora" else method, method == "qlora"
+        for (batch, tokens), checkpointing in itertools.product(batches, (False, True)):
+            yield replace(
+                plain,
+                name=f"train_step/{name}/{label}/{batch}x{tokens}" + "/checkpointing" * checkpointing,
+                covers=("lora_linear", "lora_group"), method=method, nf4=nf4, nested=nf4,
+                shape={"batch": batch, "tokens": tokens, **model, "r": r},
+                checkpointing=checkpointing,
             )  # fmt: skip
+    batch, tokens = batches[0]
+    for method, (covers, sizes) in METHODS.items():
+        yield replace(
+            plain, name=f"train_step/{name}/{method}/{batch}x{tokens}", covers=covers, method=method,
+            shape={"batch": batch, "tokens": tokens, **model, **sizes},
+        )  # fmt: skip
 
 
-def _adapters(sizes: list[tuple[int, int]], r: int) -> Iterator[Case]:
+def _adapters(sizes: list[tuple[int, int]], ranks: list[int]) -> Iterator[Case]:
     for m, k in sizes:
         modes = ("fwd", "fwdbwd")
         covers = ("adapter_scale",)
         yield Case(f"adapter_scale/{m}x{k}", "adapter_scale", covers, {"m": m, "k": k}, modes)
-        name, shape = f"adapter_bottleneck/{m}x{k}/r{r}", {"m": m, "k": k, "r": r}
-        yield Case(name, "adapter_bottleneck", ("adapter_bottleneck",), shape, modes)
+        for r in ranks:
+            name, shape = f"adapter_bottleneck/{m}x{k}/r{r}", {"m": m, "k": k, "r": r}
+            yield Case(name, "adapter_bottleneck", ("adapter_bottleneck",), shape, modes)
+
+
+def _doras(sizes: list[tuple[int, int]], rows: list[int], r: int) -> Iterator[Case]:
+    for (n, k), m in itertools.product(sizes, rows):
+        yield Case(
+            f"dora_linear/{n}x{k}/r{r}/m{m}", "dora_linear", ("dora_linear", "dora_norms"),
+            {"m": m, "n": n, "k": k, "r": r}, ("fwd", "fwdbwd"),
+        )  # fmt: skip
 
 
 def _dropouts(sizes: list[tuple[int, int]]) -> Iterator[Case]:
@@ -232,11 +279,13 @@ def _tiny() -> Iterator[Case]:
         *_nf4_linears(size, [4], nested=True),
         *_loras("dense", size, [4], [8], (0.0, DROPOUT)),
         *_loras("nf4", size, [4], [8]),
-        *_blocks("lora_qkv", TINY_LLAMA, [4], [8]),
-        *_blocks("lora_mlp", TINY_LLAMA, [4], [8]),
+        *_blocks("lora_qkv", TINY_LLAMA, [4], [8], (0.0, DROPOUT)),
+        *_blocks("lora_mlp", TINY_LLAMA, [4], [8], (0.0, DROPOUT)),
         *_blocks("lora_layer", TINY_LLAMA, [4], [8]),
+        *_blocks("lora_layer", TINY_LLAMA, [4], [8], nf4=True),
         *_steps("llama", {"layers": 2, **TINY_LLAMA, "vocab": 96}, [(2, 8)], 4),
-        *_adapters([(4, 128)], 8),
+        *_doras(size, [4], 8),
+        *_adapters([(4, 128)], [8]),
         *_dropouts([(4, 128)]),
     ):
         yield replace(case, name=f"tiny/{case.name}")
@@ -253,7 +302,8 @@ def all_cases(device: str) -> list[Case]:
             *_loras("dense", square, [64, 512], [16]),
             *_loras("nf4", square, [64, 512], [16]),
             *_blocks("lora_qkv", LLAMA, [512], [16]),
-            *_adapters([(1024, 4096)], 64),
+            *_doras(square, [512], 16),
+            *_adapters([(1024, 4096)], [64]),
             *_dropouts([(1024, 4096)]),
             *_tiny(),
         ]
@@ -267,14 +317,16 @@ def all_cases(device: str) -> list[Case]:
         *_weights("nf4_dequantize", matrices),
         *_nf4_linears(matrices, [1, 16, 64, 256], nested=False),
         *_nf4_linears([*matrices, (4096, 14336)], [1, 16, 64, 128, 256], nested=True),
-        *_nf4_linears(layers, [512, 2048, 8192], nested=True),
+        *_nf4_linears(layers, [512, 1024, 2048, 4096, 8192], nested=True),
         *_loras("dense", [*layers, (6144, 4096)], rows, ranks, (0.0, DROPOUT)),
-        *_loras("nf4", layers, [2048, 8192], [16, 64]),
-        *_blocks("lora_qkv", LLAMA, rows, ranks),
-        *_blocks("lora_mlp", LLAMA, rows, ranks),
+        *_loras("nf4", layers, [512, 2048, 8192], [16, 64]),
+        *_blocks("lora_qkv", LLAMA, rows, ranks, (0.0, DROPOUT)),
+        *_blocks("lora_mlp", LLAMA, rows, ranks, (0.0, DROPOUT)),
         *_blocks("lora_layer", LLAMA, rows, [16, 128]),
+        *_blocks("lora_layer", LLAMA, [2048, 8192], [16, 64], nf4=True),
         *_steps("llama3_8b", {"layers": 8, **LLAMA, "vocab": 128256}, [(2, 4096), (1, 1024)], 16),
-        *_adapters([(8192, 4096), (8192, 14336)], 64),
+        *_doras(layers, [2048, 8192], 16),
+        *_adapters([(8192, 4096), (8192, 14336)], [16, 64, 256]),
         *_dropouts([(8192, 4096), (8192, 14336)]),
         *_tiny(),
     ]
@@ -302,8 +354,10 @@ SHORT = {
         "lora_qkv/r16/m8192",
         "lora_mlp/r16/m8192",
         "lora_layer/r*/m8192",
+        "lora_layer/nf4/r16/m8192",
+        "dora_linear/4096x4096/r16/m8192",
         "dropout/8192x4096",
-        "adapter_bottleneck/8192x4096/*",
+        "adapter_bottleneck/8192x4096/r64",
     ),
 }
 """Globs of the cases that take about two minutes together."""

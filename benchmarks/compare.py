@@ -5,8 +5,8 @@
     python -m benchmarks.compare FILE.json
 
 Two files: exits with 1 if a row of the new one is slower than the old one's by more than the threshold.
-One file: ratios to the faster of `frozen` and `frozen_lt`, for the backward alone from the differences
-fwdbwd - fwd.
+One file: ratios to the faster of `frozen` and `frozen_lt`, where there are none to `torch`, for the backward
+alone from the differences fwdbwd - fwd.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _parts(times: dict[str, float]) -> dict[str, float | None]:
     return {"fwd": forward, "bwd": backward, "both": both, "step": times.get("step")}
 
 
-def ratios(rows: dict[Key, Row], column: str) -> str:
-    """A table of each provider's times over the frozen layer's, case by case."""
+def ratios(rows: dict[Key, Row], column: str, only: str | None = None) -> str:
+    """A table of each provider's times over the floor's, case by case; `only` one provider's."""
     cases: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for (case, mode, dtype, provider), row in rows.items():
         if row.get(column) is not None:
@@ -82,13 +82,17 @@ def ratios(rows: dict[Key, Row], column: str) -> str:
             providers.setdefault(provider, {})[mode] = row[column]
     lines = [f"{'case':<48}{'provider':<14}" + "".join(f"{part:>9}" for part in _parts({}))]
     for (case, _), providers in sorted(cases.items()):
-        frozen = [providers.pop(name) for name in FROZEN if name in providers]
-        if not frozen:
+        floor = [providers.pop(name) for name in FROZEN if name in providers]
+        if not floor and "torch" in providers:
+            floor = [providers.pop("torch")]
+        if not floor:
             continue
-        modes = {mode for times in frozen for mode in times}
-        best = {mode: min(times[mode] for times in frozen if mode in times) for mode in modes}
+        modes = {mode for times in floor for mode in times}
+        best = {mode: min(times[mode] for times in floor if mode in times) for mode in modes}
         floors = _parts(best)
         for provider, times in sorted(providers.items()):
+            if only not in (None, provider):
+                continue
             cells = [_ratio(time, floors[part]) for part, time in _parts(times).items()]
             lines.append(f"{case:<48}{provider:<14}" + "".join(cells))
     return "\n".join(lines)
@@ -106,14 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=1.05, help="largest new/old: 1.05")
     parser.add_argument("--provider", help="only this provider's rows")
     options = parser.parse_args(arguments)
-    kept = (options.provider, *(FROZEN if options.new is None else ()))
-    old, new = (
-        {k: row for k, row in read_rows(path).items() if not options.provider or k[3] in kept}
-        for path in (options.old, options.new or options.old)
-    )
     if options.new is None:
-        print(ratios(old, options.column))
+        print(ratios(read_rows(options.old), options.column, options.provider))
         return 0
+    old, new = (
+        {k: row for k, row in read_rows(path).items() if options.provider in (None, k[3])}
+        for path in (options.old, options.new)
+    )
     if not old.keys() & new.keys():
         print("the two files have no row in common", file=sys.stderr)
         return 1

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks import adapters
 from benchmarks.blocks import Block
-from benchmarks.bnb_layers import linear_4bit
+from benchmarks.bnb_layers import linear_4bit, our_linear
 from benchmarks.cases import SCALE, Case
-from benchmarks.operands import Operands
+from benchmarks.operands import Keep, Operands
 from benchmarks.prepared import Absent, Prepared, need, need_cuda, with_blas
 from benchmarks.steps import step_of, step_of_one
 from pyfast import ops
@@ -32,13 +32,23 @@ def _frozen(library: str, case: Case, mode: str, copies: list[Operands]) -> Prep
     return Prepared(step, None, with_blas(library))
 
 
+def _drawn(x: Tensor, p: float) -> Tensor:
+    kept = F.dropout(torch.ones_like(x), p) != 0
+    return kept.double() / (1 - p)
+
+
+def _our_drawn(x: Tensor, p: float) -> Tensor:
+    return ops.dropout(torch.ones_like(x, dtype=torch.float32), p)
+
+
 def _in_block(
     adapt: Callable[..., list[nn.Parameter]],
     case: Case,
     mode: str,
     copies: list[Operands],
     *,
-    four_bit: bool = False,
+    layer: Callable[[Operands], nn.Module] | None = None,
+    draw: Callable[[Tensor, float], Tensor] = _drawn,
     batched: bool = False,
     call: Callable[[nn.Module], Any] = lambda module: module,
 ) -> Prepared:
@@ -49,17 +59,18 @@ def _in_block(
         case: a LoRA case.
         mode: fwd or fwdbwd.
         copies: the operands.
-        four_bit: the frozen layers are bitsandbytes'.
+        layer: makes a frozen layer of NF4 bytes; None: they are dense.
+        draw: what dropout multiplies a tensor with.
         batched: x is [1, M, K].
         call: what is called in the place of a module.
     """
     modules, inputs, leaves, dys = [], [], [], []
     for operands in copies:
         linears = {
-            path: linear_4bit(operands) if four_bit else adapters.frozen_linear(w)
+            path: layer(operands.parts.get(path, operands)) if layer else adapters.frozen_linear(w)
             for path, w in operands.weights.items()
         }
-        block = Block(case.op, linears, four_bit=four_bit)
+        block = Block(case.op, linears, four_bit=layer is linear_4bit)
         parameters = adapt(block, operands.factors, case.dropout)
         # Dropout is for training; bitsandbytes' layers are faster outside of it.
         block.train(mode == "fwdbwd" or case.dropout > 0)
@@ -75,23 +86,29 @@ def _in_block(
             return [modules[i](inputs[i]["x"])]
         return modules[i](inputs[i])
 
-    def keep(x: Tensor) -> Tensor:
-        kept = F.dropout(torch.ones_like(x), case.dropout) != 0
-        return kept.double() / (1 - case.dropout)
-
     step = step_of(mode, forward, leaves, dys)
     read = (lambda out: [tensor.squeeze(0) for tensor in out]) if batched else list
-    return Prepared(step, read, keep=keep if case.dropout else None)
+    return Prepared(step, read, keep=_keep(case, draw))
+
+
+def _keep(case: Case, draw: Callable[[Tensor, float], Tensor]) -> Keep | None:
+    return partial(draw, p=case.dropout) if case.dropout else None
 
 
 def _batch(x: Tensor) -> Tensor:
     return x.detach()[None].requires_grad_(x.requires_grad)
 
 
+def _bitsandbytes(case: Case) -> Callable[[Operands], nn.Module] | None:
+    """Makes the frozen layers of a case for those who take them from bitsandbytes."""
+    if not case.nf4:
+        return None
+    need("bitsandbytes")
+    return linear_4bit
+
+
 def _peft(case: Case, mode: str, copies: list[Operands]) -> Prepared:
-    if case.nf4:
-        need("bitsandbytes")
-    return _in_block(adapters.peft, case, mode, copies, four_bit=case.nf4)
+    return _in_block(adapters.peft, case, mode, copies, layer=_bitsandbytes(case))
 
 
 def _peft_compile(case: Case, mode: str, copies: list[Operands]) -> Prepared:
@@ -106,14 +123,14 @@ def _peft_compile(case: Case, mode: str, copies: list[Operands]) -> Prepared:
 
 def _unsloth(case: Case, mode: str, copies: list[Operands]) -> Prepared:
     need_cuda("Unsloth", copies[0].x)
-    if case.nf4:
-        need("bitsandbytes")
-    return _in_block(adapters.unsloth, case, mode, copies, four_bit=case.nf4, batched=True)
+    layer = _bitsandbytes(case)
+    return _in_block(adapters.unsloth, case, mode, copies, layer=layer, batched=True)
 
 
 def _pyfast(case: Case, mode: str, copies: list[Operands]) -> Prepared:
     if case.op != "lora_linear":
-        return _in_block(adapters.ours, case, mode, copies)
+        layer = our_linear if case.nf4 else None
+        return _in_block(adapters.ours, case, mode, copies, layer=layer, draw=_our_drawn)
 
     p = case.dropout
 
@@ -122,10 +139,7 @@ def _pyfast(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         weight = o.packed if case.nf4 else o.w
         return ops.lora_linear(o.x, weight, *o.factors["proj"], scale=SCALE, dropout=p, **o.scales)
 
-    def keep(x: Tensor) -> Tensor:
-        return ops.dropout(torch.ones_like(x, dtype=torch.float32), p)
-
-    return Prepared(step_of_one(mode, copies, forward), list, keep=keep if p else None)
+    return Prepared(step_of_one(mode, copies, forward), list, keep=_keep(case, _our_drawn))
 
 
 PROVIDERS: dict[str, Callable[[Case, str, list[Operands]], Prepared]] = {

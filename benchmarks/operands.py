@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from benchmarks.adapters import PlainLora, frozen_linear, plain
 from benchmarks.blocks import Block
-from benchmarks.cases import BLOCKSIZE, DROPOUT, Case
+from benchmarks.cases import BLOCKSIZE, DROPOUT, SCALE, Case
 from pyfast.ops import NestedScales, nf4_nest, nf4_quantize
 from pyfast.ops._nf4_format import NEST_MAP, NF4_CODE
+
+Keep = Callable[[Tensor], Tensor]
+"""What dropout multiplies the elements of a tensor with; each call draws anew."""
 
 
 @dataclass
@@ -28,6 +32,7 @@ class Operands:
         inputs: x, and what else a block reads, by the names in `Case.linears`.
         dys: gradients of the outputs.
         weights, factors: path of each adapted linear to its W, and to A and B.
+        parts: of a block or model in NF4, path of each linear to its weight alone.
         extra: other tensors with a gradient.
         model: the frozen model of a training step, shared by all providers.
     """
@@ -42,6 +47,7 @@ class Operands:
     dys: list[Tensor] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    parts: dict[str, Operands] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
     model: Any = None
 
@@ -94,25 +100,45 @@ def make_operands(case: Case, dtype: torch.dtype, device: torch.device, seed: in
     operands = Operands(case, dtype)
     if n:
         operands.w = normal.weight(n, k)
-    if case.nf4 and case.op != "nf4_quantize":
-        operands.packed, operands.absmax = nf4_quantize(operands.w, BLOCKSIZE)
-        if case.nested:
-            operands.nest = nf4_nest(operands.absmax)
-        operands.w = decode(operands).to(dtype)
+        if case.nf4 and case.op != "nf4_quantize":
+            _quantize(operands)
     operands.inputs = {name: normal(m, width) for name, width in case.inputs.items()}
     operands.dys = [normal(m, width) for width in case.outputs]
     if case.adapted:
         for path, _, n_out, k_in in case.linears:
-            operands.weights[path] = (
-                normal.weight(n_out, k_in) if operands.w is None else operands.w
-            )
+            weight = normal.weight(n_out, k_in) if operands.w is None else operands.w
+            if case.nf4 and operands.w is None:
+                operands.parts[path] = quantized(weight)
+                weight = operands.parts[path].w
+            operands.weights[path] = weight
             operands.factors[path] = normal.factors(n_out, k_in, r)
+    elif case.op == "dora_linear":
+        a, b = normal.factors(n, k, r)
+        operands.extra = {"a": a, "b": b, "magnitude": normal(n, std=0.1) + 2}
     elif case.op == "adapter_scale":
         operands.extra["scale"] = normal(k)
     elif case.op == "adapter_bottleneck":
         operands.extra["down"] = normal.weight(r, k)
         operands.extra["up"] = normal.weight(k, r)
+        operands.extra["norm"] = normal(k, std=0.1) + 1
     return operands
+
+
+def _quantize(operands: Operands) -> None:
+    """Make NF4 bytes of the weight, and the weight what they say."""
+    operands.packed, operands.absmax = nf4_quantize(operands.w, BLOCKSIZE)
+    if operands.case.nested:
+        operands.nest = nf4_nest(operands.absmax)
+    operands.w = decode(operands).to(operands.dtype)
+
+
+def quantized(w: Tensor) -> Operands:
+    """A weight in NF4 with nested scales, and dense with the same values."""
+    n, k = w.shape
+    case = Case("part", "nf4_linear", (), {"n": n, "k": k}, nf4=True, nested=True)
+    made = Operands(case, w.dtype, w=w)
+    _quantize(made)
+    return made
 
 
 @functools.cache
@@ -135,14 +161,14 @@ def decode(operands: Operands, dtype: torch.dtype = torch.float64) -> Tensor:
     return values.view(operands.case.shape["n"], operands.case.shape["k"])
 
 
-def oracle(operands: Operands, mode: str, keep: Tensor | None = None) -> list[Tensor]:
+def oracle(operands: Operands, mode: str, keep: Keep | None = None) -> list[Tensor]:
     """fp64 outputs (and gradients) of the linear and adapter cases from the rounded operands.
 
     Args:
         operands: of the first copy.
         mode: fwd or fwdbwd.
-        keep: what the dropout of a LoRA linear multiplies with; the outputs of dropout itself are what it
-            gives where it keeps.
+        keep: what the dropout of each LoRA linear multiplies its input with, called in their order; the
+            outputs of dropout itself are what it gives where it keeps.
     """
     if operands.case.adapted:
         return _lora_oracle(operands, mode, keep)
@@ -151,16 +177,26 @@ def oracle(operands: Operands, mode: str, keep: Tensor | None = None) -> list[Te
     op = operands.case.op
     if op == "nf4_linear":
         y = x @ operands.w.double().t()
+    elif op == "dora_linear":
+        a, b, magnitude = rest
+        total = operands.w.double() + SCALE * b @ a
+        norms = torch.linalg.vector_norm(total.detach(), dim=1)
+        y = (
+            magnitude
+            / norms.to(operands.dtype)
+            * (x @ operands.w.double().t() + SCALE * x @ a.t() @ b.t())
+        )
     elif op == "dropout":
         y = x / (1 - DROPOUT)
     elif op == "adapter_scale":
         y = x * rest[0]
     else:
-        y = x + torch.nn.functional.silu(x @ rest[0].t()) @ rest[1].t()
+        normed = torch.nn.functional.layer_norm(x, x.shape[-1:], rest[2])
+        y = x + torch.nn.functional.silu(normed @ rest[0].t()) @ rest[1].t()
     return _with_gradients([y], leaves, operands, mode)
 
 
-def _lora_oracle(operands: Operands, mode: str, keep: Tensor | None) -> list[Tensor]:
+def _lora_oracle(operands: Operands, mode: str, keep: Keep | None) -> list[Tensor]:
     case = operands.case
     inputs = {name: x.detach().double() for name, x in operands.inputs.items()}
     for x in inputs.values():
@@ -171,10 +207,9 @@ def _lora_oracle(operands: Operands, mode: str, keep: Tensor | None) -> list[Ten
     doubles = {path: (a.double(), b.double()) for path, (a, b) in operands.factors.items()}
     parameters = plain(block, doubles)
     if keep is not None:
-        scaled = keep.double()
         for module in block.modules():
             if isinstance(module, PlainLora):
-                module.drop = lambda x: x * scaled
+                module.drop = lambda x: x * keep(x.detach().to(operands.dtype)).double()
     return _with_gradients(block(inputs), [*inputs.values(), *parameters], operands, mode)
 
 

@@ -27,9 +27,11 @@ class Prepared:
         read: the step's result as the tensors that the oracle has; None: it computes something else.
         around: runs what it is given with the provider's global settings in place.
         keep: what dropout multiplies a tensor's elements with if it is drawn from the seed that the step
-            begins with; None: no dropout.
+            begins with, of each linear in turn; None: no dropout.
         graphs: the step can be captured in a CUDA graph.
         facts: what the row says besides.
+        shared_bytes: of tensors that the step needs and that were there before it was prepared, where the
+            memory of all that it needs is asked for.
     """
 
     step: Step
@@ -38,6 +40,7 @@ class Prepared:
     keep: Callable[[Tensor], Tensor] | None = None
     graphs: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
+    shared_bytes: int | None = None
 
 
 def need(package: str) -> None:

@@ -10,7 +10,7 @@ unsloth       PEFT's layers with Unsloth's LoRA kernels in the place of their fo
 bitsandbytes  its functional quantisers and Linear4bit
 pyfast        pyfast.ops; in blocks and training steps pyfast.apply
 
-LoRA is in `lora`, training steps are in `train_step`.
+LoRA is in `lora`, DoRA in `dora`, training steps are in `train_step`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import lora, train_step
+from benchmarks import dora, lora, train_step
 from benchmarks.bnb_layers import linear_4bit, quant_state
 from benchmarks.cases import BLOCKSIZE, DROPOUT, Case
 from benchmarks.operands import Operands, decode, tables
@@ -75,13 +75,16 @@ def _torch(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         "nf4_linear": lambda o: F.linear(o.x, decode(o, torch.float32).to(o.dtype)),
         "dropout": lambda o: F.dropout(o.x, DROPOUT),
         "adapter_scale": lambda o: o.x * o.extra["scale"],
-        "adapter_bottleneck": lambda o: (
-            o.x + F.linear(F.silu(F.linear(o.x, o.extra["down"])), o.extra["up"])
-        ),
+        "adapter_bottleneck": _bottleneck,
     }
     forward = forwards[case.op]
     step = step_of_one(mode, copies, lambda i: forward(copies[i]))
     return Prepared(step, _reader(case, copies))
+
+
+def _bottleneck(o: Operands) -> Tensor:
+    normed = F.layer_norm(o.x, o.x.shape[-1:], o.extra["norm"])
+    return o.x + F.linear(F.silu(F.linear(normed, o.extra["down"])), o.extra["up"])
 
 
 def _torch_quantize(case: Case, copies: list[Operands]) -> Prepared:
@@ -161,7 +164,9 @@ def _pyfast(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         ),
         "dropout": lambda o: ops.dropout(o.x, DROPOUT),
         "adapter_scale": lambda o: ops.adapter_scale(o.x, o.extra["scale"]),
-        "adapter_bottleneck": lambda o: ops.adapter_bottleneck(o.x, o.extra["down"], o.extra["up"]),
+        "adapter_bottleneck": lambda o: ops.adapter_bottleneck(
+            o.x, o.extra["down"], o.extra["up"], norm_weight=o.extra["norm"]
+        ),
     }
     forward = forwards[case.op]
     step = step_of_one(mode, copies, lambda i: forward(copies[i]))
@@ -188,6 +193,7 @@ def prepare(name: str, case: Case, mode: str, copies: list[Operands]) -> Prepare
     if case.op == "train_step":
         return train_step.prepare(name, case, copies[0])
     table = lora.PROVIDERS if case.adapted else PROVIDERS
+    table = dora.PROVIDERS if case.op == "dora_linear" else table
     if name not in table:
         raise _no_op(name, case)
     return table[name](case, mode, copies)

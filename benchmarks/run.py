@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -79,7 +80,7 @@ def check(
         return None, kernels
     if prepared.keep is not None:
         torch.manual_seed(0)
-        want = oracle(operands, mode, prepared.keep(operands.x.detach()))
+        want = oracle(operands, mode, prepared.keep)
     return relative_error(prepared.read(out), want), kernels
 
 
@@ -88,11 +89,18 @@ def subject_of(
     clock: Clock,
 ) -> Subject:  # fmt: skip
     """A provider's checked step, ready to be measured; what the check found goes into its row."""
+    gc.collect()
+    before = clock.allocated() if clock.cuda else 0
     prepared = prepare(row["provider"], case, row["mode"], copies)
     error, kernels = check(prepared, want, row["mode"], copies[0])
     row["max_err"], row["oracle"], row["kernel"] = error, oracle_name, ",".join(kernels) or None
     row["wrong"] = error is not None and not error <= case.tolerance
     row["peak_mib"] = transient_mib(prepared.step, clock)
+    if prepared.shared_bytes is not None:
+        row["total_mib"] = None
+        if clock.cuda:
+            held = clock.allocated() - before + prepared.shared_bytes
+            row["total_mib"] = held / 2**20 + row["peak_mib"]
     row |= prepared.facts
     return Subject(prepared.step, clock, len(copies), prepared.around, prepared.graphs)
 
@@ -143,7 +151,8 @@ def _statistics(case: Case, mode: str, dtype: torch.dtype, subject: Subject) -> 
     seconds = (row["graph_ms_p50"] or row["ms_p50"]) / 1e3
     flops = case.flops(mode)
     row["tflops"] = flops / seconds / 1e12 if flops else None
-    row["gbps"] = case.bytes(mode, dtype.itemsize) / seconds / 1e9
+    moved = None if mode == "step" else case.bytes(mode, dtype.itemsize)
+    row["gbps"] = moved / seconds / 1e9 if moved else None
     return row
 
 
@@ -272,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in cases))
         return 0
     # torch's remarks on captures and contexts; a pyfast kernel that is missing shows in the table.
-    warnings.filterwarnings("ignore", module="torch|peft|bitsandbytes|unsloth")
+    warnings.filterwarnings("ignore", module="torch|peft|transformers|bitsandbytes|unsloth")
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
     clock, rng, common = Clock(device), random.Random(options.seed), facts(device)
     print(f"{common['device']}, torch {common['torch']}, pyfast {common['pyfast']}\n")

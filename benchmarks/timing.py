@@ -70,6 +70,10 @@ class Clock:
             self.cache_bytes = properties.L2_cache_size
         self._flush = torch.empty(2 * self.cache_bytes, dtype=torch.uint8, device=device)
 
+    def allocated(self) -> int:
+        """Bytes of tensors on a CUDA device."""
+        return torch.cuda.memory_allocated(self.device)
+
     def flush(self) -> None:
         """Overwrite the last-level cache."""
         self._flush.add_(1)
@@ -179,7 +183,7 @@ def transient_mib(step: Step, clock: Clock) -> float | None:
     if not clock.cuda:
         return None
     clock.synchronize()
-    before = torch.cuda.memory_allocated(clock.device)
+    before = clock.allocated()
     torch.cuda.reset_peak_memory_stats(clock.device)
     step(0)
     clock.synchronize()

@@ -3,39 +3,36 @@
 
 All providers share the frozen weights. On CUDA, Liger's kernels serve norms, rotary embedding, SwiGLU and
 loss of all of them where liger-kernel is installed; the rows say so. The frozen floor has gradients with
-respect to activations only, and no optimiser.
+respect to activations only, and no optimiser; that of P-tuning reads as many tokens as there are with the
+virtual ones. Full fine-tuning has none: there, torch's own step is the floor.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import adapters
 from benchmarks.cases import Case
 from benchmarks.operands import Normal, Operands
 from benchmarks.prepared import Absent, Prepared, need, need_cuda, with_blas
+from benchmarks.step_methods import IGNORED, METHODS, fill_operands, find
 
 LEARNING_RATE = 1e-4
-
-PROVIDERS: dict[str, Callable[..., list[nn.Parameter]] | None] = {
-    "frozen": None,
-    "frozen_lt": None,
-    "torch": adapters.plain,
-    "peft": adapters.peft,
-    "unsloth": partial(adapters.unsloth, inplace=True),
-    "pyfast": adapters.ours,
-}
+FROZEN = {"frozen": "cublas", "frozen_lt": "cublaslt"}
+PROVIDERS = (*FROZEN, "torch", "peft", "unsloth", "pyfast")
+COMPARED = 1 << 20
+"""About how many elements of a large gradient are compared."""
 
 
 def make_operands(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Operands:
-    """The frozen model, the tokens and the factors of its adapters.
+    """The frozen model, the tokens and the values of its adapters.
 
     Raises:
         Absent: transformers is not installed.
@@ -58,31 +55,38 @@ def make_operands(case: Case, dtype: torch.dtype, device: torch.device, seed: in
         )
         tokens = torch.randint(s["vocab"], (s["batch"], s["tokens"]))
     operands = Operands(case, dtype, model=model.requires_grad_(False).train())
-    operands.inputs = {"tokens": tokens}
-    normal = Normal(dtype, device, seed)
-    # As small as trained ones: with the large B of single layers attention saturates, and the gradients of
-    # any two roundings differ by more than their size.
-    for path, _, n, k in case.linears:
-        a, b = normal.factors(n, k, s["r"])
-        operands.factors[path] = a, b / 32
+    # The first token is not predicted, also where virtual ones stand in front of it.
+    labels = tokens.index_fill(1, tokens.new_zeros(1), IGNORED)
+    operands.inputs = {"tokens": tokens, "labels": labels}
+    fill_operands(operands, Normal(dtype, device, seed))
     return operands
 
 
 def oracle(operands: Operands) -> list[Tensor]:
-    """Loss and gradients of the factors by the plain composition in float32."""
+    """Loss and gradients by the plain composition in float32."""
     model = copy.deepcopy(operands.model).float()
-    factors = {path: (a.float(), b.float()) for path, (a, b) in operands.factors.items()}
-    parameters = adapters.plain(model, factors)
+    floats = replace(
+        operands,
+        factors={path: (a.float(), b.float()) for path, (a, b) in operands.factors.items()},
+        extra={name: value.float() for name, value in operands.extra.items()},
+    )
     _checkpoint(model)
-    tokens = operands.inputs["tokens"]
-    loss = model(input_ids=tokens, labels=tokens).loss
+    called, parameters = METHODS[operands.case.method]["torch"](model, floats)
+    loss = _loss(called, operands)
     loss.backward()
     return _results(parameters, loss.detach())
 
 
+def _loss(model: nn.Module, operands: Operands) -> Tensor:
+    inputs = operands.inputs
+    loss: Tensor = model(input_ids=inputs["tokens"], labels=inputs["labels"]).loss
+    return loss
+
+
 def _results(parameters: list[nn.Parameter], loss: Tensor) -> list[Tensor]:
     """The gradients together: those of q and k, whose own are rounding errors, must not stand alone."""
-    return [loss, torch.cat([parameter.grad.flatten().float() for parameter in parameters])]
+    gradients = [parameter.grad.flatten() for parameter in parameters]
+    return [loss, torch.cat([g[:: max(1, g.numel() // COMPARED)].float() for g in gradients])]
 
 
 def _checkpoint(model: Any) -> None:
@@ -111,32 +115,48 @@ def prepare(name: str, case: Case, operands: Operands) -> Prepared:
     tokens, shared = operands.inputs["tokens"], operands.model
     if name in ("frozen_lt", "unsloth"):
         need_cuda(name, tokens)
-    model = copy.deepcopy(shared, {id(tensor): tensor for tensor in shared.parameters()})
+    full = case.method == "sft"
+    if full and name in FROZEN:
+        raise Absent("the floor of full fine-tuning is torch's own step")
+    adapt = None if name in FROZEN else find(name, case.method)
+    kept = {} if full else {id(tensor): tensor for tensor in shared.parameters()}
+    model = copy.deepcopy(shared, kept)
     facts = {"liger": _liger(model)}
-    adapt = PROVIDERS[name]
-    parameters = adapt(model, operands.factors) if adapt else []
     if case.checkpointing:
         _checkpoint(model)
-    model.train()
-    if not parameters:
-        library = "cublaslt" if name == "frozen_lt" else "cublas"
-        step = partial(_frozen_step, model, tokens)
-        return Prepared(step, None, with_blas(library), graphs=False, facts=facts)
+    if adapt is None:
+        step, around = partial(_frozen_step, model, operands), with_blas(FROZEN[name])
+        common = _common(model, shared)
+        return Prepared(step, None, around, graphs=False, facts=facts, shared_bytes=common)
+    called, parameters = adapt(model, operands)
+    called.train()
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, fused=tokens.device.type == "cuda")
-    step = partial(_step, model, optimizer, tokens)
-    return Prepared(step, partial(_results, parameters), graphs=False, facts=facts)
+    return Prepared(
+        partial(_step, called, optimizer, operands), partial(_results, parameters), graphs=False,
+        facts=facts, shared_bytes=_common(called, shared),
+    )  # fmt: skip
 
 
-def _frozen_step(model: Any, tokens: Tensor, _: int) -> Tensor:
+def _common(model: nn.Module, shared: nn.Module) -> int:
+    """Bytes of the weights that two models have in common."""
+    theirs = {id(tensor) for tensor in shared.parameters()}
+    return sum(tensor.nbytes for tensor in model.parameters() if id(tensor) in theirs)
+
+
+def _frozen_step(model: Any, operands: Operands, _: int) -> Tensor:
+    tokens, labels = operands.inputs["tokens"], operands.inputs["labels"]
+    if virtual := operands.case.shape.get("virtual"):
+        tokens = torch.cat([tokens[:, :1].expand(-1, virtual), tokens], dim=1)
+        labels = F.pad(labels, (virtual, 0), value=IGNORED)
     embedded = model.get_input_embeddings()(tokens).requires_grad_()
-    loss = model(inputs_embeds=embedded, labels=tokens).loss
+    loss = model(inputs_embeds=embedded, labels=labels).loss
     loss.backward()
     return loss.detach()
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, tokens: Tensor, _: int) -> Tensor:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, operands: Operands, _: int) -> Tensor:
     optimizer.zero_grad()
-    loss = model(input_ids=tokens, labels=tokens).loss
+    loss = _loss(model, operands)
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -163,6 +163,8 @@ def lora_backward(
     dx: int,
     da: int,
     db: int,
+    add_da: bool,
+    add_db: bool,
     /,
 ) -> str: ...
 def lora_workspace(device: int, m: int, n: int, k: int, r: int, /) -> int: ...
@@ -214,6 +216,7 @@ def lora_group_makes(
     device: int, m: int, k: int, members: Sequence[tuple[int, int, int]], transposed: bool, /
 ) -> bool: ...
 def lora_makes(device: int, m: int, n: int, k: int, r: int, transposed: bool, /) -> bool: ...
+def lora_dx_over_x(device: int, m: int, n: int, k: int, r: int, /) -> bool: ...
 def lora_gemm_name(
     device: int, m: int, n: int, k: int, pitch_w: int, by_out: bool, transposed: bool, /
 ) -> tuple[str, str]: ...
@@ -243,4 +246,108 @@ def lora_gemm(
     /,
 ) -> None: ...
 def lora_allow_making(allowed: bool, /) -> None: ...
+def lora_force_sm(sm: int, /) -> None: ...
 def lora_gemm_kernels() -> list[str]: ...
+
+# csrc/adapter/adapter.h has the meaning of the arguments.
+def adapter_forward(
+    device: int, stream: int, dtype: int, activation: int, m: int, k: int, r: int, x: int,
+    pitch_x: int, down: int, up: int, norm_weight: int, norm_bias: int, h: int, stats: int,
+    workspace: int, eps: float, down_bias: int, up_bias: int, y: int, /,
+) -> str: ...  # fmt: skip
+def adapter_backward(
+    device: int, stream: int, dtype: int, activation: int, m: int, k: int, r: int, x: int,
+    pitch_x: int, down: int, up: int, norm_weight: int, norm_bias: int, h: int, stats: int,
+    workspace: int, dy: int, pitch_dy: int, active: int, dx: int, d_down: int, d_up: int,
+    d_down_bias: int, d_up_bias: int, d_norm_weight: int, d_norm_bias: int, /,
+) -> str: ...  # fmt: skip
+def adapter_workspace(device: int, m: int, k: int, r: int, /) -> int: ...
+def adapter_missing(device: int, r: int, /) -> str: ...
+
+# csrc/dora/dora.h has the meaning of the arguments.
+dora_most_rank: int
+
+def dora_norms(
+    device: int,
+    stream: int,
+    dtype: int,
+    adapter_dtype: int,
+    n: int,
+    k: int,
+    r: int,
+    w: int,
+    pitch_w: int,
+    a: int,
+    b: int,
+    scale: float,
+    norms: int,
+    /,
+) -> str: ...
+def dora_scale(
+    device: int,
+    stream: int,
+    by_row: bool,
+    rows: int,
+    columns: int,
+    x: int,
+    pitch: int,
+    out: int,
+    dtype: int,
+    magnitude: int,
+    norms: int,
+    factor_dtype: int,
+    r: int,
+    b: int,
+    scaled_b: int,
+    /,
+) -> str: ...
+def dora_slices(device: int, m: int, n: int, /) -> int: ...
+def dora_sums(
+    device: int,
+    stream: int,
+    m: int,
+    n: int,
+    dy: int,
+    pitch_dy: int,
+    y: int,
+    scaled_dy: int,
+    dtype: int,
+    magnitude: int,
+    norms: int,
+    parts: int,
+    /,
+) -> str: ...
+def dora_finish(
+    device: int,
+    stream: int,
+    m: int,
+    n: int,
+    r: int,
+    parts: int,
+    dtype: int,
+    magnitude: int,
+    norms: int,
+    dmagnitude: int,
+    factor_dtype: int,
+    db: int,
+    /,
+) -> str: ...
+def adapter_scale_backward(
+    device: int, stream: int, dtype: int, scale_dtype: int, rows: int, cols: int, dy: int,
+    pitch_dy: int, x: int, pitch_x: int, scale: int, parts: int, dx: int, d_scale: int, /,
+) -> str: ...  # fmt: skip
+def adapter_scale_workspace(device: int, rows: int, cols: int, /) -> int: ...
+
+# csrc/remake/norm.h has the meaning of the arguments.
+def remake_norm(
+    device: int,
+    stream: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    x: int,
+    inverse: int,
+    weight: int,
+    y: int,
+    /,
+) -> None: ...

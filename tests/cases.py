@@ -101,6 +101,40 @@ def _lora_backward(m, n, k, r, wanted, **options):
     return make
 
 
+def dora_args(m, n, k, r, device, dtype, *, nf4=None):
+    """Arguments of the raw `dora_linear`; norms that differ from row to row."""
+    x, w, _, a, b, scale, _, _, *quantized = lora_args(m, n, k, r, device, dtype, nf4=nf4)
+    wide = torch.promote_types(dtype, torch.float32)
+    magnitude = 1 + seeded((n,), seed=6, dtype=wide, device=device, scale=0.3)
+    norms = 1 + seeded((n,), seed=7, dtype=wide, device=device).abs()
+    return (x, w.detach(), a, b, magnitude.requires_grad_(), norms, scale, *quantized)
+
+
+def _dora(*shape, **options):
+    return lambda device, dtype: dora_args(*shape, device, dtype, **options)
+
+
+def _dora_backward(m, n, k, r, wanted, **options):
+    def make(device, dtype):
+        x, *rest = (
+            t.detach() if isinstance(t, torch.Tensor) else t
+            for t in dora_args(m, n, k, r, device, dtype, **options)
+        )
+        dy = seeded((*m, n), seed=6, dtype=dtype, device=device)
+        z = seeded((x.numel() // k, (r + 7) // 8 * 8), seed=7, dtype=dtype, device=device)
+        return (dy, x, z, seeded((*m, n), seed=8, dtype=dtype, device=device), *rest, wanted)
+
+    return make
+
+
+def _dora_norms(n, k, r):
+    def make(device, dtype):
+        _, w, _, a, b, scale, *_ = lora_args((1,), n, k, r, device, dtype)
+        return (w, a.detach(), b.detach(), scale)
+
+    return make
+
+
 def _lora_group(count, m):
     """Only the first member wants gradients: the generic tests look at the first output."""
 
@@ -238,6 +272,16 @@ CASES: list[OpCase] = [
     OpCase("lora_group", "empty", _lora_group(3, (0, 5))),
     OpCase("lora_group_backward", "all", _lora_group_backward((2, 5), [True] * 10)),
     OpCase("lora_group_backward", "factors", _lora_group_backward((5,), [False] * 4 + [True] * 6)),
+    OpCase("dora_norms", "rows", _dora_norms(12, 16, 3)),
+    OpCase("dora_linear", "dense", _dora((2, 5), 12, 16, 3)),
+    OpCase("dora_linear", "nf4", _dora((5,), 8, 64, 4, nf4="nested")),
+    OpCase("dora_linear", "empty", _dora((0, 5), 12, 16, 3)),
+    OpCase("dora_linear_backward", "all", _dora_backward((2, 5), 12, 16, 3, [True] * 4)),
+    OpCase(
+        "dora_linear_backward",
+        "nf4",
+        _dora_backward((5,), 8, 64, 4, [True, False, False, True], nf4="flat"),
+    ),
     OpCase("adapter_scale", "rows", _scale((2, 3, 10))),
     OpCase("adapter_scale", "empty", _scale((0, 10))),
     OpCase("adapter_scale_backward", "both", _scale_backward((2, 3, 10), [True, True])),

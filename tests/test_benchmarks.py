@@ -193,6 +193,9 @@ def test_compare_of_one_file_gives_ratios_to_the_better_frozen_layer(
     ]
     rows.append({**row, "case": "step", "mode": "step", "provider": "frozen", "burst_ms_p50": 2.0})
     rows.append({**row, "case": "step", "mode": "step", "provider": "pyfast", "burst_ms_p50": 2.1})
+    rows.append({**row, "case": "t", "mode": "step", "provider": "torch", "burst_ms_p50": 2.0})
+    rows.append({**row, "case": "t", "mode": "step", "provider": "pyfast", "burst_ms_p50": 1.0})
+    rows.append({**row, "case": "u", "mode": "step", "provider": "pyfast", "burst_ms_p50": 1.0})
     run.write_rows(tmp_path / "rows", rows)
     assert compare.main([str(tmp_path / "rows")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
@@ -200,9 +203,12 @@ def test_compare_of_one_file_gives_ratios_to_the_better_frozen_layer(
         ["c", "peft", "1.500", "-", "-", "-"],
         ["c", "pyfast", "1.100", "1.200", "1.167", "-"],  # 2.4 over 2.0: floors 1.0 and 3.0
         ["step", "pyfast", "-", "-", "-", "1.050"],
+        ["t", "pyfast", "-", "-", "-", "0.500"],  # no frozen layer: torch
     ]
     assert compare.main([str(tmp_path / "rows"), "--provider", "pyfast"]) == 0
-    assert "peft" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "peft" not in text
+    assert "0.500" in text
 
 
 def test_tree_hash_is_gits(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA benchmarks on the CPU: cases, providers against the oracles, training steps, tuning."""
+"""The LoRA benchmarks on the CPU: cases, providers against the oracles, tuning."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,30 +17,10 @@ from torch import Tensor
 from benchmarks import adapters, cases, lora, operands, prepared, providers, run, timing, tune_gemm
 from benchmarks.blocks import Block
 from pyfast import ops
+from tests.benchmark_runs import CPU, needs_peft, quick, rows_of, tiny  # noqa: F401
 
 BLOCKS = ["lora_qkv", "lora_mlp", "lora_layer"]
-CPU = torch.device("cpu")
-needs_peft = pytest.mark.skipif(
-    prepared.importlib.util.find_spec("peft") is None, reason="PEFT is not installed"
-)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
-    monkeypatch.setattr(timing, "BURST_SECONDS", 0.0)
-    monkeypatch.setattr(run, "MAX_COPIES", 2)
-
-
-def rows_of(tmp_path: Path, *arguments: str) -> list[dict]:
-    out = tmp_path / "out.json"
-    assert run.main(["--device", "cpu", "--seconds", "0", "--json", str(out), *arguments]) == 0
-    return json.loads(out.read_text())
-
-
-def tiny(name: str) -> cases.Case:
-    (case,) = cases.select("cpu", f"tiny/{name}")
-    return case
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # --- cases --------------------------------------------------------------------------------------
@@ -54,15 +33,17 @@ def test_every_shape_rank_and_dropout_is_a_case() -> None:
     for r, m in itertools.product(ranks, rows):
         for shape in shapes:
             assert {f"lora_linear/dense/{shape}/r{r}/m{m}{p}" for p in ("", "/p0.1")} <= names
-        assert {f"lora_qkv/r{r}/m{m}", f"lora_mlp/r{r}/m{m}"} <= names
-    assert {"lora_layer/r16/m8192", "lora_layer/r128/m8192"} <= names
-    assert {
-        "train_step/llama3_8b/r16/2x4096", "train_step/llama3_8b/r16/2x4096/checkpointing",
-    } <= names  # fmt: skip
+        for block, p in itertools.product(("lora_qkv", "lora_mlp"), ("", "/p0.1")):
+            assert f"{block}/r{r}/m{m}{p}" in names
+    assert {"lora_layer/r16/m8192", "lora_layer/r128/m8192", "lora_layer/nf4/r16/m8192"} <= names
+    assert {f"lora_linear/nf4/4096x4096/r16/m{m}" for m in (512, 2048, 8192)} <= names
+    for m, n in itertools.product((1024, 2048, 4096, 8192), (4096, 14336)):
+        (case,) = cases.select("cuda", f"nf4_linear/nested/{n}x4096/m{m}")
+        assert case.modes == ("fwd", "fwdbwd")
 
 
 def test_counts_of_a_block() -> None:
-    case = tiny("lora_qkv/*")
+    case = tiny("lora_qkv/r8/m4")
     products = 64 * 64 + 2 * 32 * 64
     assert case.flops("fwd") == 2 * 4 * (products + 8 * (128 + 2 * 96))
     x, y, factors = 4 * 64, 4 * 128, 8 * (128 + 2 * 96)
@@ -71,11 +52,11 @@ def test_counts_of_a_block() -> None:
 
 
 def test_what_a_layer_reads_and_writes() -> None:
-    case = tiny("lora_layer/*")
+    case = tiny("lora_layer/r8/m4")
     assert case.inputs == {"x": 64, "attended": 64, "normed": 64, "hidden": 128}
     assert case.outputs == [64, 32, 32, 64, 128, 128, 64]
-    assert tiny("lora_mlp/*").inputs == {"x": 64}
-    assert tiny("lora_mlp/*").outputs == [64]
+    assert tiny("lora_mlp/r8/m4").inputs == {"x": 64}
+    assert tiny("lora_mlp/r8/m4").outputs == [64]
     step = tiny("train_step/llama/r4/2x8")
     assert [linear.path for linear in step.linears][6:8] == [
         "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj",
@@ -92,6 +73,7 @@ def test_what_a_layer_reads_and_writes() -> None:
         "lora_linear/dense/64x128/r8/m4",
         "lora_linear/nf4/64x128/r8/m4",
         *(f"{b}/r8/m4" for b in BLOCKS),
+        "lora_layer/nf4/r8/m4",
     ],
 )
 def test_every_provider_agrees_with_the_oracle(tmp_path: Path, name: str) -> None:
@@ -115,8 +97,9 @@ def test_every_provider_agrees_with_the_oracle(tmp_path: Path, name: str) -> Non
 def test_dropout_is_compared_with_the_mask_that_was_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    options = ["--case", "tiny/lora_linear/*/p0.1", "--mode", mode, "--dtype", "fp32"]
+    options = ["--case", "tiny/lora_*/p0.1", "--mode", mode, "--dtype", "fp32"]
     rows = rows_of(tmp_path, *options, "--provider", "torch,peft,pyfast")
+    assert len(rows) == 3 * 3
     for row in rows:
         # Sixteen bits of probability, so 1 / (1 - p) is 1e-5 off.
         assert row["max_err"] < 2e-5
@@ -132,7 +115,7 @@ def test_compiled_peft_agrees_and_is_compiled_anew(
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     options = ["--provider", "peft_compile", "--mode", "fwdbwd", "--dtype", "fp32"]
-    (row,) = rows_of(tmp_path, "--case", "tiny/lora_qkv/*", *options)
+    (row,) = rows_of(tmp_path, "--case", "tiny/lora_qkv/r8/m4", *options)
     assert row["max_err"] < 1e-5
     rows = rows_of(tmp_path, "--case", "tiny/lora_linear/*", *options)
     found = {row["case"].split("8/m4")[-1] + row["case"].split("/")[2]: row for row in rows}
@@ -143,7 +126,7 @@ def test_compiled_peft_agrees_and_is_compiled_anew(
 
 @pytest.mark.parametrize(("name", "groups"), [("lora_qkv", 1), ("lora_layer", 2), ("lora_mlp", 1)])
 def test_blocks_get_our_groups(name: str, groups: int) -> None:
-    case = tiny(f"{name}/*")
+    case = tiny(f"{name}/r8/m4")
     copies = run.make_copies(case, "fwdbwd", torch.float32, timing.Clock(CPU))
     step = providers.prepare("pyfast", case, "fwdbwd", copies).step
     with ops.recorded_kernels() as names:
@@ -210,42 +193,6 @@ def test_unsloth_that_cannot_be_imported_is_absent(monkeypatch: pytest.MonkeyPat
         adapters.unsloth(Block("lora_linear", {}), {})
 
 
-# --- training step ------------------------------------------------------------------------------
-
-
-@needs_peft
-@pytest.mark.parametrize("suffix", ["", "/checkpointing"])
-def test_training_steps_agree_with_the_oracle(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("transformers")
-    rows = rows_of(tmp_path, "--case", f"tiny/train_step/llama/r4/2x8{suffix}", "--dtype", "fp32")
-    found = {row["provider"]: row for row in rows}
-    assert found["frozen"]["max_err"] is None
-    for provider in ("torch", "peft", "pyfast"):
-        row = found[provider]
-        assert row["max_err"] < 1e-5
-        assert (row["oracle"], row["mode"], row["liger"]) == ("fp32", "step", False)
-        assert row["ms_p50"] > 0
-    assert found["frozen_lt"]["absent"] == "frozen_lt needs a CUDA device"
-    assert found["unsloth"]["absent"] == "unsloth needs a CUDA device"
-    assert found["bitsandbytes"]["absent"] == "bitsandbytes is not measured in training steps"
-
-
-def test_providers_of_a_step_share_the_frozen_weights_and_train_their_own() -> None:
-    pytest.importorskip("transformers")
-    case = tiny("train_step/llama/r4/2x8")
-    (shared,) = run.make_copies(case, "step", torch.float32, timing.Clock(CPU))
-    before = {name: value.clone() for name, value in shared.model.state_dict().items()}
-    losses = []
-    for name in ("torch", "pyfast"):
-        step = providers.prepare(name, case, "step", [shared]).step
-        losses.append([step(0).item() for _ in range(3)])
-        assert losses[-1][0] > losses[-1][1] > losses[-1][2]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    for name, value in shared.model.state_dict().items():
-        assert torch.equal(value, before[name])
-        assert not value.requires_grad
-
-
 # --- tuning -------------------------------------------------------------------------------------
 
 
@@ -255,6 +202,7 @@ def test_the_table_chooses_from_plain_kernels() -> None:
         "gemm_sm90_128x256_2x1_masked",
         "gemm_sm90_2x1_making_16",
         "x",
+        "gemm_sm80_128x256",
     ]
     assert tune_gemm.tuned_kernels(names) == [0, 3]
 

@@ -23,8 +23,11 @@ using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 // A list of {"name", "device", "reason"}; throws for an op that does not exist.
 pybind11::list variants(const std::string& op);
 
+void bind_adapter(pybind11::module_& m);
+void bind_dora(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
 void bind_nf4(pybind11::module_& m);
+void bind_remake(pybind11::module_& m);
 
 }  // namespace pyfast

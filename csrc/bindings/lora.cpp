@@ -66,7 +66,7 @@ std::string_view backward(int device, Address stream, int dtype, int adapter_dty
                           Address a, Address b, float scale, std::int64_t pitch_z, Address seed,
                           std::uint32_t threshold, Address workspace, Address counters, Address dy,
                           std::int64_t pitch_dy, Address z, Address dz, Address dx, Address da,
-                          Address db) {
+                          Address db, bool add_da, bool add_db) {
   lora::Backward params{problem(dtype, adapter_dtype, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a,
                                 b, scale, pitch_z, seed, threshold, workspace, counters)};
   params.dy = pointer<const void>(dy);
@@ -76,6 +76,8 @@ std::string_view backward(int device, Address stream, int dtype, int adapter_dty
   params.dx = pointer<void>(dx);
   params.da = pointer<void>(da);
   params.db = pointer<void>(db);
+  params.add_da = add_da;
+  params.add_db = add_db;
   return lora::backward(params, {device, 1, pointer<void>(stream)});
 }
 
@@ -85,8 +87,9 @@ lora::Problem shape(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t
   return problem;
 }
 
-// n, r, the first column of z, w and its pitch, a, b; then bias, y, or dy and its pitch, da, db.
-using Member = std::array<Address, 11>;
+// n, r, the first column of z, w and its pitch, a, b; then bias, y, or dy and its pitch, da, db and
+// whether they are added to what is there.
+using Member = std::array<Address, 13>;
 
 lora::Group group(int dtype, int adapter_dtype, std::int64_t m, std::int64_t k, Address x,
                   std::int64_t pitch_x, float scale, Address z, std::int64_t pitch_z, bool given,
@@ -115,6 +118,7 @@ lora::Group group(int dtype, int adapter_dtype, std::int64_t m, std::int64_t k, 
     to.pitch_dy = size(8);
     to.y = to.da = pointer<void>(from[9]);
     to.db = pointer<void>(from[10]);
+    to.add_da = from[11] != 0, to.add_db = from[12] != 0;
   }
   return group;
 }
@@ -241,10 +245,18 @@ void bind_lora(py::module_& m) {
       [](int device, std::int64_t rows, std::int64_t n, std::int64_t k, std::int64_t r,
          bool transposed) { return lora::makes(shape(rows, n, k, r), transposed, device); },
       "Whether the GEMM of a direction makes z or dz itself, without dropout.");
+  m.def(
+      "lora_dx_over_x",
+      [](int device, std::int64_t rows, std::int64_t n, std::int64_t k, std::int64_t r) {
+        return lora::dx_over_x(shape(rows, n, k, r), device);
+      },
+      "Whether dx may take the place of x while a GEMM may make dz.");
   m.def("lora_gemm_name", &gemm_name, "The GEMM kernel for a shape, or an empty name and why.");
   m.def("lora_gemm", &gemm, Unlocked(), "One GEMM with a given plan; for measuring.");
   m.def("lora_allow_making", &lora::allow_making,
         "Whether GEMMs may make their low-rank operand, which takes all of their SMs at once.");
+  m.def("lora_force_sm", &lora::force_gemm_sm,
+        "For tests: 80 has the kernels for sm_80 serve on any device, 0 ends that.");
   m.def("lora_gemm_kernels", [] {
     py::list names;
     for (const std::string_view name : lora::kGemmNames) names.append(name);

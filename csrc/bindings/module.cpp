@@ -41,7 +41,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "pyfast's kernels. Raw pointers in: call them through pyfast.ops.";
   m.def("build_info", &build_info, "What this extension was built with and for.");
   m.def("variants", &pyfast::variants, py::arg("op"), "The kernels of `op`, best first.");
+  pyfast::bind_adapter(m);
+  pyfast::bind_dora(m);
   pyfast::bind_dropout(m);
   pyfast::bind_lora(m);
   pyfast::bind_nf4(m);
+  pyfast::bind_remake(m);
 }

@@ -82,10 +82,10 @@ struct Partials {
 };
 
 // Where the GEMM makes z or dz. With dropout there are kernels for W [N, K] alone.
-MakingPlan plan_making_of(const Problem& problem, const GemmArgs& args, int sm_count) {
+MakingPlan plan_making_of(const Problem& problem, const GemmArgs& args, int device) {
   const bool drops = problem.seed != nullptr;
   if (!making_allowed() || (drops && !problem.by_out)) return {};
-  return plan_making(args.m, args.n, args.k, args.r, drops, sm_count);
+  return plan_making(args.m, args.n, args.k, args.r, drops, making_sms(device));
 }
 
 // y = x W^T + bias + z B^T; transposed, dx = dy W + dz A. What is in, out and low rank comes after.
@@ -120,10 +120,12 @@ void add_side_parts(const Backward& params, const MakingPlan& making, const Side
   };
   SideSum db = sum(parts.db, params.n, kSideTileDb, 1.0F, params.db);
   db.pitch = params.r;
+  db.accumulate = params.add_db;
   SideSum da = sum(parts.da, making.columns, kSideTileDa,
                    params.seed != nullptr ? keep_scale(params.threshold) : 1.0F, params.da);
   da.pitch = params.k;
   da.by_rank = true;
+  da.accumulate = params.add_da;
   launch_side_parts(db, da, params.dtype, stream);
 }
 
@@ -147,8 +149,9 @@ std::string_view gemm_name(const Problem& problem, bool transposed, int device,
                            std::string* reason) {
   *reason = missing_gemm(device, problem.n, problem.k, problem.pitch_w);
   if (!reason->empty()) return {};
-  const GemmPlan plan = transposed ? plan_gemm(!problem.by_out, problem.m, problem.k, problem.n)
-                                   : plan_gemm(problem.by_out, problem.m, problem.n, problem.k);
+  const auto [n, k] =
+      transposed ? std::pair(problem.k, problem.n) : std::pair(problem.n, problem.k);
+  const GemmPlan plan = plan_gemm_on(device, problem.by_out != transposed, problem.m, n, k);
   if (plan.kernel >= 0) return kGemmNames[plan.kernel];
   *reason = concat("torch's GEMM is faster for ", problem.m, " rows, ", problem.k, " to ",
                    problem.n, " features");
@@ -158,8 +161,13 @@ std::string_view gemm_name(const Problem& problem, bool transposed, int device,
 bool makes(const Problem& problem, bool transposed, int device) {
   const auto [n, k] =
       transposed ? std::pair(problem.k, problem.n) : std::pair(problem.n, problem.k);
-  const int sm_count = cuda_device(device).sm_count;
-  return plan_making(problem.m, n, k, problem.r, false, sm_count).columns > 0;
+  return plan_making(problem.m, n, k, problem.r, false, making_sms(device)).columns > 0;
+}
+
+bool dx_over_x(const Problem& problem, int device) {
+  const MakingPlan making =
+      plan_making(problem.m, problem.k, problem.n, problem.r, false, making_sms(device));
+  return problem.r <= kSideRank && making.columns == problem.k;
 }
 
 void gemm(const GemmArgs& args, const GemmPlan& plan, const Placement& place) {
@@ -179,7 +187,7 @@ std::string_view forward(const Forward& params, const Placement& place) {
 
   GemmArgs gemm = gemm_args(params, false);
   MakingPlan making;  // where the GEMM makes z
-  if (params.w != nullptr && !given) making = plan_making_of(params, gemm, sm_count);
+  if (params.w != nullptr && !given) making = plan_making_of(params, gemm, place.device);
   const bool makes = making.columns > 0;
   Factors factors(params.dtype, params.adapter_dtype, arena);
   Factor a, b;
@@ -213,7 +221,7 @@ std::string_view forward(const Forward& params, const Placement& place) {
   gemm.b = b.data, gemm.pitch_b = b.pitch;
   gemm.bias = params.bias;
   gemm.y = params.y;
-  return launch_product(gemm, making, sm_count, place.stream);
+  return launch_product(gemm, making, place);
 }
 
 std::string_view backward(const Backward& params, const Placement& place) {
@@ -237,7 +245,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
     gemm.mask = {params.seed, params.threshold, keep_scale(params.threshold)};
   }
   MakingPlan making;  // where the GEMM makes dz
-  if (gemm_runs && !given) making = plan_making_of(params, gemm, sm_count);
+  if (gemm_runs && !given) making = plan_making_of(params, gemm, place.device);
   const bool makes = making.columns > 0;
   Factors factors(params.dtype, params.adapter_dtype, arena);
   Factor a, b;
@@ -260,6 +268,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
   db.q = params.db;
   db.pitch_q = params.r;
   db.dtype_q = params.adapter_dtype;
+  db.accumulate = params.add_db;
   SkinnyArgs da = skinny(params, params.x, params.pitch_x, params.k);
   da.counters += kCountersDa;
   da.v = params.dz;
@@ -267,10 +276,14 @@ std::string_view backward(const Backward& params, const Placement& place) {
   da.q = params.da;
   da.pitch_q = params.k;
   da.dtype_q = params.adapter_dtype;
+  da.accumulate = params.add_da;
   da.q_by_rank = true;
   da.partials = static_cast<float*>(partials_da);
   if (params.seed != nullptr) add_dropout(params, &da);
   const bool side = makes && params.r <= kSideRank;  // the GEMM makes parts of dB and dA too
+  PYFAST_CHECK(params.dx != params.x || params.dx == nullptr ||
+                   (side && making.columns == params.k && params.seed == nullptr),
+               kOp, ": dx cannot take the place of x here");
   std::string_view name;
   if (gemm_runs) {
     gemm.x = params.dy, gemm.pitch_x = params.pitch_dy;
@@ -287,7 +300,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
     } else if (!given) {
       by_rank({dz, order}, params.r, sm_count, place.stream);
     }
-    name = launch_product(gemm, making, sm_count, place.stream);
+    name = launch_product(gemm, making, place);
     order = Order::kBeside;  // on SMs that the GEMM leaves free
   } else if (want_dz && !given) {
     by_rank({dz, order}, params.r, sm_count, place.stream);
@@ -325,7 +338,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
 std::vector<VariantInfo> variants(std::string_view op) {
   if (op != kOp) return {};
 #ifdef PYFAST_CUDA
-  // All of it, and the products with A and B alone around torch's GEMM.
+  // On sm_80 dropout in dx is composed around torch's GEMM, and no GEMM makes z.
   return {{"lora_linear_sm90", true, missing_cuda(90)},
           {"lora_linear_sm80", true, missing_cuda(80)}};
 #else

@@ -79,8 +79,8 @@ struct GemmPlan {
   int blocks = 0;  // of the grid; 0: as few as the waves need
 };
 
-// Tile, schedule, cluster; what the last four are for: a mask, making z of up to 16 or 128 ranks,
-// and both for 16 ranks.
+// Tile, schedule, cluster; what four of them are for: a mask, making z of up to 16 or 128 ranks,
+// and both for 16 ranks. Those for sm_80 do neither.
 inline constexpr std::string_view kGemmNames[] = {
     "gemm_sm90_128x256_cooperative_2x1",
     "gemm_sm90_128x128_pingpong_1x2",
@@ -88,11 +88,17 @@ inline constexpr std::string_view kGemmNames[] = {
     "gemm_sm90_128x256_cooperative_2x1_making_16",
     "gemm_sm90_128x256_cooperative_2x1_making_128",
     "gemm_sm90_128x256_cooperative_2x1_making_16_masked",
+    "gemm_sm80_128x256",
+    "gemm_sm80_128x128",
 };
 inline constexpr int kGemmMasked = 2, kGemmMaking16 = 3, kGemmMaking128 = 4, kGemmMakingDrop = 5;
+inline constexpr int kGemmSm80Wide = 6, kGemmSm80Narrow = 7;
 
 // The measured plan of the nearest shape in gemm_plans.inc.
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k);
+
+// The same for the kernels for sm_80, by a rule.
+GemmPlan plan_gemm_sm80(std::int64_t m, std::int64_t n, std::int64_t k, int sm_count);
 
 // A plan for the first `columns` of y with a kernel that makes z; 0: better made by a pass of its
 // own.
@@ -106,6 +112,8 @@ MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
 // a peer answers (NCCL), that costs their overlap, and two of them can wait in a circle: forbid it.
 void allow_making(bool allowed);
 bool making_allowed();
+// For tests: the kernels for sm_80 serve where `sm` is 80, on any device; 0 ends that.
+void force_gemm_sm(int sm);
 std::int64_t making_workspace(std::int64_t m, std::int64_t r);
 constexpr int making_width(std::int64_t r) { return static_cast<int>((r + 15) / 16 * 16); }
 // Blocks of a row of tiles that make its z.

@@ -142,6 +142,7 @@ void launch_da(const Group& group, float* partials, Order order, int sm_count, v
       if (member.da == nullptr) continue;
       args.v = advance(group.dz, columns(group, i), group.dtype);
       args.q = member.da;
+      args.accumulate = member.add_da;
       by_rank({args, order}, member.r, sm_count, stream);
       order = Order::kAlone;
     }
@@ -151,7 +152,7 @@ void launch_da(const Group& group, float* partials, Order order, int sm_count, v
     const Member& member = group.members[i];
     if (member.da == nullptr) continue;
     args.parts[args.part_count++] = {member.da, static_cast<int>(columns(group, i)),
-                                     static_cast<int>(member.r)};
+                                     static_cast<int>(member.r), member.add_da};
   }
   by_rank({args, order}, all, sm_count, stream);
 }
@@ -185,12 +186,12 @@ std::string_view group_gemm_name(const Group& group, bool transposed, int device
   }
   if (transposed) {
     const std::int64_t n = contracted(group, group.count);
-    return named(plan_gemm(false, group.m, group.k, n), group.k, n);
+    return named(plan_gemm_on(device, false, group.m, group.k, n), group.k, n);
   }
   std::string_view name;
   for (int i = 0; i < group.count; ++i) {
     const std::int64_t n = group.members[i].n;
-    const std::string_view its = named(plan_gemm(true, group.m, n, group.k), group.k, n);
+    const std::string_view its = named(plan_gemm_on(device, true, group.m, n, group.k), group.k, n);
     if (its.empty()) return {};
     if (i == widest(group)) name = its;
   }
@@ -198,7 +199,7 @@ std::string_view group_gemm_name(const Group& group, bool transposed, int device
 }
 
 bool group_makes(const Group& group, bool transposed, int device) {
-  const int sm_count = cuda_device(device).sm_count;
+  const int sm_count = making_sms(device);
   return (transposed ? plan_backward(group, sm_count) : plan_forward(group, sm_count)).columns > 0;
 }
 
@@ -212,7 +213,7 @@ std::string_view group_forward(const Group& group, const Placement& place) {
   Arena arena(group.workspace);
   auto* partials = static_cast<float*>(arena.take(partials_z(group, sm_count)));
   MakingPlan making;
-  if (making_allowed() && !group.given) making = plan_forward(group, sm_count);
+  if (making_allowed() && !group.given) making = plan_forward(group, making_sms(place.device));
 
   Factors factors(group.dtype, group.adapter_dtype, arena);
   Factor a, b[kMembers];
@@ -248,7 +249,7 @@ std::string_view group_forward(const Group& group, const Placement& place) {
       gemm.making = {a.data,      a.pitch,  static_cast<int>(all), group.z,
                      group.scale, partials, group.counters};
     }
-    return launch_product(gemm, plan, sm_count, place.stream);
+    return launch_product(gemm, plan, place);
   };
   const int first = widest(group);
   const std::string_view name = launch(first, making);
@@ -271,7 +272,7 @@ std::string_view group_backward(const Group& group, const Placement& place) {
   auto* da_partials = static_cast<float*>(arena.take(partials_da(group, sm_count)));
   MakingPlan making;
   if (group.dx != nullptr && making_allowed() && !group.given) {
-    making = plan_backward(group, sm_count);
+    making = plan_backward(group, making_sms(place.device));
   }
   const bool makes = making.columns > 0;
   const bool passes = !makes && !group.given && (want_da || group.dx != nullptr);
@@ -329,7 +330,7 @@ std::string_view group_backward(const Group& group, const Placement& place) {
       gemm.making = {b_all.data,  b_all.pitch, static_cast<int>(all), group.dz,
                      group.scale, partials,    group.counters};
     }
-    name = launch_product(gemm, making, sm_count, place.stream);
+    name = launch_product(gemm, making, place);
     order = Order::kBeside;  // on SMs that the GEMM leaves free
   } else if (order == Order::kAfter) {
     order = Order::kAlone;
@@ -347,6 +348,7 @@ std::string_view group_backward(const Group& group, const Placement& place) {
     db.q = member.db;
     db.pitch_q = member.r;
     db.dtype_q = group.adapter_dtype;
+    db.accumulate = member.add_db;
     by_rank({db, order}, member.r, sm_count, place.stream);
     // Several launches of one dB follow one another, and what comes after them follows the last.
     if (member.r > kSkinnyRank) order = order_da = Order::kAlone;

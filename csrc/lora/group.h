@@ -31,6 +31,7 @@ struct Member {
   std::int64_t pitch_dy = 0;
   void* da = nullptr;  // either may be null: not wanted
   void* db = nullptr;
+  bool add_da = false, add_db = false;  // to what is there
 };
 
 // In a backward the members are those that have a dy; their dz_i lie side by side like the z_i.

@@ -58,7 +58,8 @@ struct SideSum {
   void* out = nullptr;
   std::int64_t pitch = 0;
   DType dtype = DType::bf16;
-  bool by_rank = false;  // stored [rank, columns]
+  bool by_rank = false;     // stored [rank, columns]
+  bool accumulate = false;  // added to what is there
 };
 void launch_side_parts(const SideSum& first, const SideSum& second, DType dtype, void* stream);
 
@@ -67,5 +68,9 @@ void launch_gemm_sm90_bf16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bo
 void launch_gemm_sm90_bf16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
 void launch_gemm_sm90_f16_tn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
 void launch_gemm_sm90_f16_nn(const GemmArgs&, const GemmPlan&, int sm_count, bool early, void*);
+void launch_gemm_sm80_bf16_tn(const GemmArgs&, const GemmPlan&, void* stream);
+void launch_gemm_sm80_bf16_nn(const GemmArgs&, const GemmPlan&, void* stream);
+void launch_gemm_sm80_f16_tn(const GemmArgs&, const GemmPlan&, void* stream);
+void launch_gemm_sm80_f16_nn(const GemmArgs&, const GemmPlan&, void* stream);
 
 }  // namespace pyfast::lora

@@ -48,10 +48,11 @@ struct Backward : Problem {
   const void* dy = nullptr;
   std::int64_t pitch_dy = 0;
   const void* z = nullptr;
-  void* dz = nullptr;  // [M, pitch_z], needed for dx and dA
-  void* dx = nullptr;  // [M, K]; each of the three may be null: not wanted
-  void* da = nullptr;  // [R, K]
-  void* db = nullptr;  // [N, R]
+  void* dz = nullptr;                   // [M, pitch_z], needed for dx and dA
+  void* dx = nullptr;                   // [M, K]; each of the three may be null: not wanted
+  void* da = nullptr;                   // [R, K]
+  void* db = nullptr;                   // [N, R]
+  bool add_da = false, add_db = false;  // to what is there
 };
 
 inline constexpr int kCounters = 1 << 17;
@@ -68,6 +69,10 @@ std::vector<VariantInfo> variants(std::string_view op);
 
 // Whether the GEMM of a direction makes its z or dz itself, without dropout.
 bool makes(const Problem& problem, bool transposed, int device);
+
+// Whether dx may take the place of x in a backward without dropout: one GEMM makes dx and all else,
+// each block reading of x just what it overwrites.
+bool dx_over_x(const Problem& problem, int device);
 
 // Enqueue everything; with w null only z, or dz, dA and dB. A forward without a, and a backward
 // without b, finds z or dz in its place. Return the name of what makes the product with W, empty

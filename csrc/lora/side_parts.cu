@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   skinny::store_cols<T>(q, tile * kColumns + static_cast<int>(threadIdx.x) / 32 * 16, sum.columns,
-                        {sum.out, 0, sum.rank}, sum.scale, sum.pitch, sum.dtype, sum.by_rank);
+                        {sum.out, 0, sum.rank, sum.accumulate}, sum.scale, sum.pitch, sum.dtype,
+                        sum.by_rank);
 }
 
 }  // namespace

@@ -312,10 +312,13 @@ __device__ __forceinline__ void store_cols(const float (&q)[kTiles][4], int col,
     const int rank = i / 4 * 8 + lane % 4 * 2 + i % 2 - part.first;
     if (at_col < cols && rank >= 0 && rank < part.ranks) {
       const std::int64_t at = by_rank ? rank * pitch + at_col : at_col * pitch + rank;
+      const float value = q[i / 4][i % 4] * scale;
       if (dtype == DType::f32) {
-        static_cast<float*>(part.q)[at] = q[i / 4][i % 4] * scale;
+        float* to = static_cast<float*>(part.q) + at;
+        *to = part.accumulate ? *to + value : value;
       } else {
-        narrow(q[i / 4][i % 4] * scale, static_cast<T*>(part.q) + at);
+        T* to = static_cast<T*>(part.q) + at;
+        narrow(part.accumulate ? static_cast<float>(*to) + value : value, to);
       }
     }
   }
@@ -505,7 +508,8 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
   if (reduce(sums, band, grid.bands, partials, args.counters + slab)) {
     const SkinnyArgs& out = is_first ? first_job.args : second_job.args;
     for (int i = 0; i < max(out.part_count, 1); ++i) {
-      const auto part = out.part_count > 0 ? out.parts[i] : SkinnyArgs::Part{out.q, 0, out.rank};
+      const auto part =
+          out.part_count > 0 ? out.parts[i] : SkinnyArgs::Part{out.q, 0, out.rank, out.accumulate};
       store_cols<T>(q, col + warp * 16, out.cols, part, out.scale, out.pitch_q, out.dtype_q,
                     out.q_by_rank);
     }

@@ -32,11 +32,13 @@ struct SkinnyArgs {
   void* q = nullptr;
   std::int64_t pitch_q = 0;
   DType dtype_q = DType::bf16;
-  bool q_by_rank = false;  // Q is stored [rank, cols]
+  bool q_by_rank = false;   // Q is stored [rank, cols]
+  bool accumulate = false;  // Q is added to what is there
   // Where there are parts, Q is several matrices: each of so many ranks, from `first` on.
   struct Part {
     void* q = nullptr;
     int first = 0, ranks = 0;
+    bool accumulate = false;
   } parts[3];
   int part_count = 0;
 

@@ -2,12 +2,18 @@
 #include "lora/steps.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/check.h"
 
 #ifdef PYFAST_CUDA
 
 namespace pyfast::lora {
+namespace {
+
+std::atomic<int> forced_sm = 0;
+
+}  // namespace
 
 PackArgs& Factors::next(const void* from, std::int64_t rows, std::int64_t cols) {
   PackArgs& pack = packs_.args[packs_.count++];
@@ -85,11 +91,15 @@ std::int64_t partials_of(std::int64_t m, std::int64_t cols, std::int64_t rank, S
   return round_up(most, 128);
 }
 
-void launch_gemm([[maybe_unused]] const GemmArgs& args, [[maybe_unused]] const GemmPlan& plan,
-                 [[maybe_unused]] int sm_count, [[maybe_unused]] bool early,
-                 [[maybe_unused]] void* stream) {
-#ifdef PYFAST_SM90
+void launch_gemm(const GemmArgs& args, const GemmPlan& plan, [[maybe_unused]] int sm_count,
+                 [[maybe_unused]] bool early, void* stream) {
   const bool bf16 = args.dtype == DType::bf16;
+  if (plan.kernel >= kGemmSm80Wide) {
+    auto* launch = args.by_out ? (bf16 ? launch_gemm_sm80_bf16_tn : launch_gemm_sm80_f16_tn)
+                               : (bf16 ? launch_gemm_sm80_bf16_nn : launch_gemm_sm80_f16_nn);
+    return launch(args, plan, stream);
+  }
+#ifdef PYFAST_SM90
   auto* launch = args.by_out ? (bf16 ? launch_gemm_sm90_bf16_tn : launch_gemm_sm90_f16_tn)
                              : (bf16 ? launch_gemm_sm90_bf16_nn : launch_gemm_sm90_f16_nn);
   launch(args, plan, sm_count, early, stream);
@@ -98,19 +108,20 @@ void launch_gemm([[maybe_unused]] const GemmArgs& args, [[maybe_unused]] const G
 #endif
 }
 
-std::string_view launch_product(const GemmArgs& args, const MakingPlan& making, int sm_count,
-                                void* stream) {
+std::string_view launch_product(const GemmArgs& args, const MakingPlan& making,
+                                const Placement& place) {
+  const int sm_count = cuda_device(place.device).sm_count;
   int k = args.k;
   for (const Pair& pair : args.more) k += pair.k;
-  GemmPlan plan = plan_gemm(args.by_out, args.m, args.n, k);
-  if (args.mask.seed != nullptr) plan.kernel = kGemmMasked;
+  GemmPlan plan = plan_gemm_on(place.device, args.by_out, args.m, args.n, k);
+  if (args.mask.seed != nullptr && plan.kernel < kGemmSm80Wide) plan.kernel = kGemmMasked;
   if (making.columns == 0) {
-    launch_gemm(args, plan, sm_count, true, stream);
+    launch_gemm(args, plan, sm_count, true, place.stream);
     return kGemmNames[plan.kernel];
   }
   GemmArgs first = args, rest = args;
   first.n = static_cast<int>(making.columns);
-  launch_gemm(first, making.gemm, sm_count, false, stream);
+  launch_gemm(first, making.gemm, sm_count, false, place.stream);
   rest.n -= first.n;
   if (rest.n > 0) {
     const auto skip = [&](const void* w, std::int64_t pitch) {
@@ -123,27 +134,44 @@ std::string_view launch_product(const GemmArgs& args, const MakingPlan& making, 
     }
     rest.y = advance(args.y, first.n, args.dtype);
     if (args.bias != nullptr) rest.bias = advance(args.bias, first.n, args.dtype);
-    launch_gemm(rest, plan, sm_count, true, stream);
+    launch_gemm(rest, plan, sm_count, true, place.stream);
   }
   return kGemmNames[making.gemm.kernel];
 }
 
-std::string missing_gemm(int device, std::int64_t n, std::int64_t k, std::int64_t pitch_w) {
+void force_gemm_sm(int sm) {
+  PYFAST_CHECK(sm == 0 || sm == 80, "lora_force_sm: expected 80, or 0 for none, got ", sm);
+  forced_sm = sm;
+}
+
+int gemm_sm(int device) {
+  const int major = cuda_device(device).sm / 10;
+  if (forced_sm == 80 || major == 8) return 80;
 #ifdef PYFAST_SM90
-  const int sm = cuda_device(device).sm;
-  if (sm / 10 != 9) {
-    return concat("the sm90 kernels need compute capability 9.0, device ", device, " has ", sm / 10,
-                  ".", sm % 10);
+  if (major == 9) return 90;
+#endif
+  return 0;
+}
+
+GemmPlan plan_gemm_on(int device, bool by_out, std::int64_t m, std::int64_t n, std::int64_t k) {
+  if (gemm_sm(device) == 80) return plan_gemm_sm80(m, n, k, cuda_device(device).sm_count);
+  return plan_gemm(by_out, m, n, k);
+}
+
+int making_sms(int device) { return gemm_sm(device) == 90 ? cuda_device(device).sm_count : 0; }
+
+std::string missing_gemm(int device, std::int64_t n, std::int64_t k, std::int64_t pitch_w) {
+  if (gemm_sm(device) == 0) {
+    const int sm = cuda_device(device).sm;
+    if (sm / 10 == 9) return "this build has no kernels for sm_90a";
+    return concat("the GEMM kernels need compute capability 8.x or 9.0, device ", device, " has ",
+                  sm / 10, ".", sm % 10);
   }
   if (n % 8 != 0 || k % 8 != 0 || pitch_w % 8 != 0) {
     return concat("in and out features and the weight's pitch must be multiples of 8, got ", k,
                   ", ", n, " and ", pitch_w);
   }
   return {};
-#else
-  return concat("this build has no kernels for sm_90a (device ", device, ", ", n, " x ", k, ", ",
-                pitch_w, ")");
-#endif
 }
 
 }  // namespace pyfast::lora

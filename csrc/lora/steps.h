@@ -91,8 +91,14 @@ void launch_gemm(const GemmArgs& args, const GemmPlan& plan, int sm_count, bool 
                  void* stream);
 // A GEMM that makes z for itself where `making` says so; else z comes from the kernel before. Its
 // name.
-std::string_view launch_product(const GemmArgs& args, const MakingPlan& making, int sm_count,
-                                void* stream);
+std::string_view launch_product(const GemmArgs& args, const MakingPlan& making,
+                                const Placement& place);
+
+// Whose kernels serve a device: 90 or 80; 0: none.
+int gemm_sm(int device);
+GemmPlan plan_gemm_on(int device, bool by_out, std::int64_t m, std::int64_t n, std::int64_t k);
+// SMs for GEMMs that make z; 0 where there is no such kernel.
+int making_sms(int device);
 
 // Why there is no GEMM of ours on this device or for these features; empty where there is one.
 std::string missing_gemm(int device, std::int64_t n, std::int64_t k, std::int64_t pitch_w);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import pickle
@@ -21,7 +22,10 @@ from safetensors.torch import save_file
 
 import pyfast
 from pyfast.cli.dense import is_quantized, load_dense, read_tensors
+from pyfast.cli.nemo import write_as_nemo, write_as_peft
 from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
+from pyfast.integrations.nemo_file import is_nemo, read_archive, read_nemo
+from pyfast.integrations.nemo_lora import NemoLora
 from pyfast.nn import NF4Tensor
 from pyfast.train.checkpoint import honour_umask
 from pyfast.train.config import RunOptions
@@ -163,65 +167,104 @@ def quantize(model: str, output: str, blocksize: int = 64, nested: bool = True) 
 
 
 def convert(
-    source: str, output: str, dtype: DenseDtype = "bf16", trust_pickle: bool = False
+    source: str,
+    output: str,
+    dtype: DenseDtype = "bf16",
+    trust_pickle: bool = False,
+    form: Literal["peft", "nemo", "nemo_canonical", "nemo1", "nemo1_canonical"] = "peft",
+    model: str | None = None,
+    stack: bool = False,
 ) -> None:
-    """Convert an adapter to safetensors, or a dense or bitsandbytes 4-bit model to dense weights.
+    """Convert an adapter to safetensors, to or from NeMo's form, or a dense or 4-bit model to dense weights.
 
     Args:
-        source: Adapter directory, adapter_model.bin, or model directory; ChatGLM 2 and 3 in their original
-            layout become the GLM that transformers has.
+        source: Adapter directory, adapter_model.bin, LoRA adapter of NeMo's (.nemo, or what this command
+            wrote), or model directory; ChatGLM 2 and 3 in their original layout become the GLM that
+            transformers has.
         output: Directory to write; it must not exist.
         dtype: Type of a model's dense weights; an adapter keeps its own.
-        trust_pickle: Open a .bin adapter. It is a Python pickle; only tensors are read from it.
+        trust_pickle: Open a .bin or .nemo adapter. It is a Python pickle; only tensors are read from it.
+        form: Whose form an adapter gets: PEFT's, or NeMo's (nemo1: release 1) with one A for fused linears
+            or, canonical, with one for each of their parts.
+        model: To and from NeMo's form: base model; by default the one that an adapter names.
+        stack: To and from NeMo's form: where a fused linear's parts have different A's, put them one below
+            the other, which multiplies the rank.
     """
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"'{source}' does not exist.")
-    if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+    if path.is_file() and path.suffix not in (".safetensors", ".bin", ".nemo"):
         raise ConfigError(
-            f"'{source}' is neither a directory nor an adapter file (.safetensors, .bin)."
+            f"'{source}' is neither a directory nor an adapter file (.safetensors, .bin, .nemo)."
         )
+    nemo = is_nemo(path)
     adapter = (
         path
         if path.is_file()
         else next((path / f for f in _ADAPTER_FILES if (path / f).exists()), None)
     )
+    if form != "peft" and (nemo or adapter is None):
+        raise ConfigError(
+            f"--form {form} is for an adapter in PEFT's form, which '{source}' is not."
+        )
+    if nemo and model is None:
+        raise ConfigError(f"'{source}' does not name its base model. Fix: --model DIR.")
     with _new_directory(output) as directory:
-        if adapter is not None:
-            _convert_adapter(adapter, directory, trust_pickle)
+        if nemo:
+            made = _nemo_adapter(path, trust_pickle)
+            write_as_peft(made, directory, model_source(str(model)), stack)
+        elif adapter is not None:
+            _convert_adapter(adapter, directory, trust_pickle, form, model, stack)
         else:
             network, tokenizer = load_dense(source, _DTYPES[dtype])
             _save_dense(network, tokenizer, directory, _DTYPES[dtype])
     say(f"Converted {source} to {output}.")
 
 
-def _convert_adapter(file: Path, directory: Path, trust_pickle: bool) -> None:
-    if file.suffix == ".safetensors":
-        tensors = read_tensors(file)
-    elif trust_pickle:
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise UnsafeFileError(
-                f"'{file}' is damaged or holds more than tensors, so it was not converted "
-                f"({type(error).__name__})."
-            ) from error
-        bad = not isinstance(tensors, dict) or not all(
-            isinstance(v, torch.Tensor) for v in tensors.values()
-        )
-        if bad:
-            raise AdapterMismatchError(f"'{file}' does not hold a dictionary of tensors.")
-    else:
-        raise UnsafeFileError(
-            f"'{file}' is a Python pickle and can run code when read; pyfast does not open it. "
-            "Fix: get a safetensors file, or for a file that you trust --trust_pickle true."
-        )
+def _convert_adapter(
+    file: Path, directory: Path, trust_pickle: bool, form: str, model: str | None, stack: bool
+) -> None:
+    pickled = file.suffix != ".safetensors"
+    tensors = _unpickled(file, file, trust_pickle) if pickled else read_tensors(file)
     config = file.with_name("adapter_config.json")
     if not config.is_file():
         raise ConfigError(f"'{config}' is missing; without it the adapter cannot be used.")
+    if form != "peft":
+        base = _base(model, str(config.parent))
+        variant = "canonical" if form.endswith("canonical") else "nemo"
+        release = 1 if form.startswith("nemo1") else 2
+        write_as_nemo(config, tensors, directory, base, variant, release, stack)
+        return
     shutil.copyfile(config, directory / config.name)
     copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(copies, directory / _ADAPTER_FILES[0], metadata={"format": "pt"})
+
+
+def _nemo_adapter(path: Path, trust_pickle: bool) -> NemoLora:
+    if path.suffix != ".nemo":
+        return read_nemo(path)
+    return read_archive(path, lambda weights: _unpickled(weights, path, trust_pickle))
+
+
+def _unpickled(
+    file: Path | io.BytesIO, source: Path, trust_pickle: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle, if the user trusts it."""
+    if not trust_pickle:
+        raise UnsafeFileError(
+            f"'{source}' is a Python pickle and can run code when read; pyfast does not open it. "
+            "Fix: get a safetensors file, or for a file that you trust --trust_pickle true."
+        )
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UnsafeFileError(
+            f"'{source}' is damaged or holds more than tensors, so it was not converted "
+            f"({type(error).__name__})."
+        ) from error
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+        raise AdapterMismatchError(f"'{source}' does not hold a dictionary of tensors.")
+    return tensors
 
 
 def _save_dense(network: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:

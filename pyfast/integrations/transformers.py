@@ -8,8 +8,8 @@ import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyfast.integrations.adapter_file import TRAINING_NAME, WEIGHTS_NAME
 from pyfast.integrations.bitsandbytes import quantization_config
 from pyfast.integrations.peft import copy_adapter, is_adapter_state, read_adapter, save_adapter
 from pyfast.methods.base import adapted_modules, register_adopter, unwrapped
+from pyfast.methods.per_sample import samples_copied
 from pyfast.methods.state import adapter_configs, refuse_merged
 from pyfast.nn import (
     DENSE_DTYPES,
@@ -211,9 +212,43 @@ def _link(source: Path, target: Path) -> None:
 
 @cache
 def _changed_class(cls: Any) -> type[nn.Module]:
-    changed = type(cls.__name__, (_ChangedModel, cls), {"__module__": cls.__module__})
+    own = {"__module__": cls.__module__}
+    if hasattr(cls, "generate"):
+        own["generate"] = _generate(cls.generate)
+    changed = type(cls.__name__, (_ChangedModel, cls), own)
     changed.__qualname__ = cls.__qualname__
     return changed
+
+
+def _generate(original: Callable[..., Any]) -> Any:
+    """A model's `generate`, in which prompts that have adapters of their own lend them to their copies."""
+
+    @wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with samples_copied(self, _prompts(args, kwargs), _copies(self, args, kwargs)):
+            return original(self, *args, **kwargs)
+
+    return generate
+
+
+def _prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many prompts a call of `generate` has; without any it makes one."""
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    given = (*args[:1], *named, *kwargs.values())
+    return next((len(value) for value in given if isinstance(value, Tensor) and value.ndim), 1)
+
+
+def _copies(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many copies of each prompt a call of `generate` makes."""
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    numbers = []
+    for name in ("num_beams", "num_return_sequences"):
+        configs = (
+            getattr(config, name, None)
+            for config in (given, getattr(model, "generation_config", None))
+        )
+        numbers.append(next(filter(None, (kwargs.get(name), *configs)), 1))
+    return max(numbers)
 
 
 def _blank(cls: Any) -> Any:

@@ -24,6 +24,7 @@ from pyfast.methods.state import (
     take_off,
 )
 from pyfast.nn.group import form_groups
+from pyfast.nn.per_sample import BASE
 
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_-")
 
@@ -36,6 +37,10 @@ def check_adapter_name(name: str) -> None:
         or not _NAME_CHARACTERS.issuperset(name)
     ):
         raise AdapterStateError(f"adapter name {name!r} must match [A-Za-z0-9_-]{{1,64}}")
+    if name == BASE:
+        raise AdapterStateError(
+            f"adapter name {name!r} stands for no adapter in adapters_per_sample; choose another"
+        )
     if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
         raise AdapterStateError(
             f"adapter name {name!r} is taken by an attribute of torch's modules; choose another"

@@ -152,6 +152,7 @@ class LoraLinear(GroupMember, AdapterLayer):
 
     containers = ("lora_A", "lora_B", "lora_magnitude_vector")
     op = "lora_linear"
+    by_sample = True
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -215,7 +216,11 @@ class LoraLinear(GroupMember, AdapterLayer):
         return row_norms(weight, *factors, self.scaling[name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., K] to [..., N] with every active adapter; the first one is fused with the base."""
+        """[..., K] to [..., N] with every active adapter, the first one fused with the base; or with each
+        sample's."""
+        if self.samples is not None and self.enabled:
+            frozen = self.base_layer(x, *args, **kwargs)
+            return self.samples.adapted(frozen, self.lora_A, self._joined, x)
         if not self.enabled or not self.active or self.merged:
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
@@ -243,7 +248,7 @@ class LoraLinear(GroupMember, AdapterLayer):
                 norms = magnitude.weight
                 y = dora_linear(weight, x, a.weight, b.weight, scale, dropout, norms, base)
         for name in others:
-            y = self._joined(name, x, y)
+            y = self._joined(name, y, x)
         return y
 
     def frozen_layer(self) -> nn.Module:
@@ -261,7 +266,7 @@ class LoraLinear(GroupMember, AdapterLayer):
         drops = self.training and dropout > 0.0
         return part_of(self, held["base_layer"], a, b, scale, dropout, drops)
 
-    def _joined(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _joined(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         """A result with one more adapter in it, by calling the modules that hold its parts."""
         a: Any = self.lora_A[name]
         dropped = nn.functional.dropout(x.to(a.weight.dtype), self.dropout[name], self.training)

@@ -222,7 +222,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         AdapterStateError: nothing is merged.
     """
-    _refuse_disabled(model, "unmerge")
+    _refuse_inside(model, "unmerge")
     layers = [m for m in adapted_modules(model).values() if isinstance(m, Mergeable) and m.merged]
     if not layers:
         raise AdapterStateError("no adapter is merged")
@@ -237,9 +237,9 @@ def unload(model: nn.Module) -> nn.Module:
     Modules trained whole stay at their active copy.
 
     Raises:
-        AdapterStateError: called inside an `adapters_disabled` block.
+        AdapterStateError: called inside an `adapters_disabled` or `adapters_per_sample` block.
     """
-    _refuse_disabled(model, "unload")
+    _refuse_inside(model, "unload")
     _take_out(model, adapted_modules(model))
     return model
 
@@ -258,16 +258,22 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _refuse_disabled(model: nn.Module, what: str) -> None:
-    if not all(module.enabled for module in adapted_modules(model).values()):
+def _refuse_inside(model: nn.Module, what: str) -> None:
+    """Raise AdapterStateError inside blocks after which the model is to be as it was before."""
+    holders = adapted_modules(model).values()
+    if not all(module.enabled for module in holders):
         raise AdapterStateError(
             f"{what}: adapters are disabled; call it outside the adapters_disabled block"
+        )
+    if any(module.samples is not None for module in holders):
+        raise AdapterStateError(
+            f"{what}: samples have adapters of their own; call it outside the adapters_per_sample block"
         )
 
 
 def refuse_busy(model: nn.Module, what: str) -> None:
-    """Raise AdapterStateError while adapters are disabled or merged."""
-    _refuse_disabled(model, what)
+    """Raise AdapterStateError while adapters are disabled, given to samples, or merged."""
+    _refuse_inside(model, what)
     refuse_merged(model, what)
 
 

@@ -64,6 +64,7 @@ class Bottlenecks(Attachment):
 
     child = "bottleneck"
     op = "adapter_bottleneck"
+    by_sample = True
     no_merge = "it is no linear function of what it reads"
 
     def __init__(self) -> None:
@@ -86,7 +87,11 @@ class Bottlenecks(Attachment):
             del self.adapters[name]
 
     def adapted(self, x: Tensor) -> Tensor:
-        """A block's output [..., K] through every active adapter."""
+        """A block's output [..., K] through every active adapter, or each sample's."""
+        if self.samples is not None and self.enabled:
+            return self.samples.adapted(
+                x, self.adapters, lambda name, rows: self.adapters[name](rows)
+            )
         for name in self.active if self.enabled else ():
             x = self.adapters[name](x)
         return x

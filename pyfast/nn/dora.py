@@ -3,12 +3,7 @@
 
     y = c * (x W^T + s x A^T B^T) + bias            c = m / ||W + s B A||, norms along K
 
-Norms are constants to the gradient, as section 4.3 of the paper proposes:
-
-    dy' = c * dy, which goes on into LoRA's backward            dm = sum over rows of dy * y' / ||W + s B A||
-
-where y' is the product before scaling. It is kept for dm: read back from y, it would be rounded twice, be
-lost where c is 0, and y could not be changed in place by whoever called the layer.
+Norms are constants to the gradient, as section 4.3 of the paper proposes; `ops.dora_linear` has the formulas.
 
 With dropout D the base's own product is not dropped, but what the magnitudes add to it is, as in PEFT:
 
@@ -27,10 +22,10 @@ from torch import Tensor, nn
 from pyfast import ops
 from pyfast.nn.weight import NF4Weight, Weight
 from pyfast.ops._check import NEST_BLOCK
+from pyfast.ops.dora import column_scale
 
-# Elements of W that are summed with s B A at a time: on the CPU they stay in a core's cache, elsewhere
-# each block costs three launches.
-_CPU_BLOCK, _BLOCK = 1 << 20, 1 << 22
+# Elements of an NF4 weight that are restored at a time for its norms.
+_CPU_BLOCK, _BLOCK = 1 << 20, 1 << 26
 
 
 class DoraMagnitude(nn.Module):
@@ -45,21 +40,9 @@ class DoraMagnitude(nn.Module):
         return column_scale(self.weight, norms)
 
 
-def column_scale(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """c = m / norms in norms' dtype, with norms rounded to m's, so that both cancel before training.
-
-    A row of zeros gives zeros for any c; its norm counts as 1, so that none is NaN.
-    """
-    rounded = norms.to(magnitude.dtype).to(norms.dtype)
-    return magnitude / rounded.masked_fill(rounded == 0, 1)
-
-
 @torch.no_grad()
 def row_norms(weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """||W + s B A|| for each of N rows, in float32 or wider.
-
-    The sum is formed for a block of rows at a time. Its square as ||W||^2 + 2 s W A^T B^T + ... would need W
-    in float32 as well, and would have no digits left in rows where the sum nearly cancels.
+    """||W + s B A|| for each of N rows, in float32 or wider, see `ops.dora_norms`.
 
     Args:
         weight: W [N, K] of any format.
@@ -67,35 +50,26 @@ def row_norms(weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
         b: lora_B [N, R].
         scale: s.
     """
-    wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    a, b = a.to(wide), b.to(wide)
+    if not isinstance(weight, NF4Weight):
+        return ops.dora_norms(weight.dense(), a, b, scale=scale)
     count, step = weight.out_features, _rows_of_a_block(weight)
-    norms = torch.empty(count, dtype=wide, device=weight.device)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        block = _dense_rows(weight, rows)
-        # Row by row also where W is stored by in feature: cuBLAS refuses some such blocks as a result.
-        total = block.to(wide, copy=True, memory_format=torch.contiguous_format)
-        total.addmm_(b[rows], a, alpha=scale)
-        norms[rows] = torch.linalg.vector_norm(total, dim=1)
-    return norms
+    parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    return torch.cat(
+        [ops.dora_norms(_dense_rows(weight, rows), a, b[rows], scale=scale) for rows in parts]
+    )
 
 
-def _rows_of_a_block(weight: Weight) -> int:
-    """Rows to take at a time; of NF4 so many that a block starts on a byte, a scale and a nested scale."""
+def _rows_of_a_block(weight: NF4Weight) -> int:
+    """Rows to take at a time: so many that a block starts on a byte, a scale and a nested scale."""
     k = max(weight.in_features, 1)
     step = max(1, (_CPU_BLOCK if weight.device.type == "cpu" else _BLOCK) // k)
-    if not isinstance(weight, NF4Weight):
-        return step
     unit = weight.blocksize * NEST_BLOCK
     whole = unit // math.gcd(unit, k)
     return math.ceil(step / whole) * whole
 
 
-def _dense_rows(weight: Weight, rows: slice) -> Tensor:
+def _dense_rows(weight: NF4Weight, rows: slice) -> Tensor:
     """Rows of W, which begin where `_rows_of_a_block` says, as a dense tensor."""
-    if not isinstance(weight, NF4Weight):
-        return weight.dense()[rows]
     k, size = weight.in_features, weight.blocksize
     first, last = rows.start * k, rows.stop * k
     nested = weight.nested_absmax
@@ -109,6 +83,29 @@ def _dense_rows(weight: Weight, rows: slice) -> Tensor:
         shape=(rows.stop - rows.start, k),
     )
     return part.dense()
+
+
+def _scaled_product(
+    weight: Weight, x: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
+) -> Tensor:
+    """c * (x W^T + s x A^T B^T)."""
+    norms = row_norms(weight, a, b, scale)
+    if isinstance(weight, NF4Weight):
+        y = ops.dora_linear(
+            x.to(weight.compute_dtype or x.dtype),
+            weight.packed,
+            a,
+            b,
+            magnitude,
+            norms,
+            scale=scale,
+            absmax=weight.absmax,
+            nested_absmax=weight.nested_absmax,
+            nested_offset=weight.nested_offset,
+            blocksize=weight.blocksize,
+        )
+        return y if weight.compute_dtype is None else y.to(x.dtype)
+    return ops.dora_linear(x, weight.dense(), a, b, magnitude, norms, scale=scale)
 
 
 def dora_linear(
@@ -136,15 +133,16 @@ def dora_linear(
     Returns:
         [..., N].
     """
-    bias = weight.bias
-    bare: Weight = weight if bias is None else dataclasses.replace(weight, bias=None)  # type: ignore[type-var]
-    dropped = ops.dropout(x, dropout) if dropout > 0.0 else x
-    y = bare.lora_linear(dropped, a, b, scale, 0.0)
-    columns = column_scale(magnitude, row_norms(weight, a, b, scale))
-    y = ops.adapter_scale(y, columns) if torch.is_grad_enabled() else y.mul_(columns)
     if dropout > 0.0:
+        dropped = ops.dropout(x, dropout)
+        y = _scaled_product(weight, dropped, a, b, scale, magnitude)
         return y + base(x - dropped)
-    return y if bias is None else y.add_(bias)
+    y = _scaled_product(weight, x, a, b, scale, magnitude)
+    if weight.bias is None:
+        return y
+    bias = weight.bias.to(y.dtype)
+    # Not in place where `ops.dora_linear` would have to make its result again for the backward.
+    return y + bias if y.requires_grad else y.add_(bias)
 
 
 def dora_joined(

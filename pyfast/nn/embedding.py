@@ -41,6 +41,7 @@ class LoraEmbedding(AdapterLayer):
     `lora_embedding_B.<name>` [width, R]."""
 
     containers = ("lora_embedding_A", "lora_embedding_B")
+    by_sample = True
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -67,28 +68,38 @@ class LoraEmbedding(AdapterLayer):
         self.scaling.pop(name, None)
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Rows [..., width] of ids [...] with every active adapter."""
+        """Rows [..., width] of ids [...] with every active adapter, or each sample's."""
         y: Tensor = self.base_layer(ids, *args, **kwargs)
         if not self.enabled or self.merged:
             return y
-        dtype, frozen = y.dtype, self.frozen
-        own = _own_scale(frozen)
-        for name in self.active:
-            a: Tensor = self.lora_embedding_A[name]
-            if a.is_meta:
-                raise AdapterStateError(
-                    f"adapter {name!r} of an embedding lies on the meta device, where offloading keeps what "
-                    "is not in use; leave adapters on their device"
-                )
-            low = F.embedding(
-                ids,
-                a.t(),
-                padding_idx=frozen.padding_idx,  # type: ignore[arg-type]
-                scale_grad_by_freq=frozen.scale_grad_by_freq,  # type: ignore[arg-type]
+        dtype = y.dtype
+        if self.samples is not None:
+            return self.samples.adapted(
+                y, self.lora_embedding_A, lambda *rows: self._joined(*rows).to(dtype), ids
             )
-            addition = low @ self.lora_embedding_B[name].t() * self.scaling[name]
-            y = y + (addition if own is None else addition * own)
+        for name in self.active:
+            y = self._joined(name, y, ids)
         return y.to(dtype)
+
+    def _joined(self, name: str, y: Tensor, ids: Tensor) -> Tensor:
+        """Rows with one more adapter in them."""
+        a: Tensor = self.lora_embedding_A[name]
+        if a.is_meta:
+            raise AdapterStateError(
+                f"adapter {name!r} of an embedding lies on the meta device, where offloading keeps what "
+                "is not in use; leave adapters on their device"
+            )
+        frozen = self.frozen
+        low = F.embedding(
+            ids,
+            a.t(),
+            padding_idx=frozen.padding_idx,  # type: ignore[arg-type]
+            scale_grad_by_freq=frozen.scale_grad_by_freq,  # type: ignore[arg-type]
+        )
+        addition = low @ self.lora_embedding_B[name].t() * self.scaling[name]
+        own = _own_scale(frozen)
+        joined: Tensor = y + (addition if own is None else addition * own)
+        return joined
 
     def delta(self, name: str) -> Tensor:
         """s A^T B^T [rows, width] in float32, or float64 where the factors are."""

@@ -15,6 +15,7 @@ from pyfast import ops
 from pyfast.errors import AdapterMismatchError, QuantizedMergeError
 from pyfast.nn.adapter_layer import AdapterLayer
 from pyfast.nn.experts import quantized_experts
+from pyfast.nn.per_sample import Samples
 from pyfast.nn.switchable import Attachment, Mergeable, check_merged
 from pyfast.nn.weight import NF4Weight
 
@@ -36,6 +37,7 @@ class IA3Linear(AdapterLayer):
 
     containers = ("ia3_l",)
     op = "adapter_scale"
+    by_sample = True
     rows: Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -79,7 +81,10 @@ class IA3Linear(AdapterLayer):
         return _product(self.vector(n) for n in self.active if self.on_input[n] is on_input)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., K] to [..., N] with every active adapter."""
+        """[..., K] to [..., N] with every active adapter, or each sample's."""
+        if self.samples is not None and self.enabled:
+            x = self._scaled(self.samples, x, True)
+            return self._scaled(self.samples, self.base_layer(x, *args, **kwargs), False)
         adapted = self.enabled and not self.merged
         inner = self._product(True) if adapted else None
         outer = self._product(False) if adapted else None
@@ -87,6 +92,13 @@ class IA3Linear(AdapterLayer):
             x = ops.adapter_scale(x, inner)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y if outer is None else ops.adapter_scale(y, outer)
+
+    def _scaled(self, samples: Samples, x: Tensor, on_input: bool) -> Tensor:
+        """x scaled by each sample's adapter, if it is one for this side of the layer."""
+        held = [name for name, side in self.on_input.items() if side is on_input]
+        return samples.adapted(
+            x, held, lambda name, rows: ops.adapter_scale(rows, self.vector(name))
+        )
 
     def file_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
         vector = self.vector(name)

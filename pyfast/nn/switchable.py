@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyfast.errors import AdapterStateError, NonFiniteError, UnsupportedError
+from pyfast.nn.per_sample import Samples
 
 _SWITCHING = threading.Lock()
 # What accelerate writes on a module that it serves; each module has only its own.
@@ -25,6 +26,10 @@ class Switchable(nn.Module):
 
     op = ""
     """The op of `pyfast.ops` that serves it; reports name it."""
+    by_sample = False
+    """Whether it can take each sample's adapter from `samples`."""
+    samples: Samples | None = None
+    """The adapter of each sample, in an `adapters_per_sample` block; else those in `active` take part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +40,9 @@ class Switchable(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Whoever disabled the original will enable that one, never this copy; so with its samples.
+        self.samples = None
         if self._disabled:
-            # Whoever disabled the original will enable that one, never this copy.
             self._disabled = 1
             self.enable()
 
@@ -91,6 +97,24 @@ class Switchable(nn.Module):
 
     def _switch(self) -> None:
         """What changes with the first `disable` and changes back with the last `enable`."""
+
+    def take(self, samples: Samples) -> None:
+        """Let each sample have its adapter until `release`.
+
+        Raises:
+            AdapterStateError: others have theirs already.
+        """
+        with _SWITCHING:
+            if self.samples is not None:
+                raise AdapterStateError(
+                    f"adapters_per_sample: the model is inside such a block, of {self.samples.names}; leave "
+                    "it first"
+                )
+            self.samples = samples
+
+    def release(self) -> None:
+        """Undo `take`."""
+        self.samples = None
 
 
 class Mergeable(Switchable):
@@ -166,6 +190,8 @@ def check_merged(names: list[str], merged: Tensor) -> None:
 class SavedModule(Switchable):
     """A module trained whole beside the adapters (`modules_to_save`): the original and copies by name."""
 
+    by_sample = True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.original_module = module
@@ -199,8 +225,20 @@ class SavedModule(Switchable):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward of the module that serves now."""
-        return self.current()(*args, **kwargs)
+        """Forward of the module that serves now, or of each sample's."""
+        if self.samples is None or not self.enabled:
+            return self.current()(*args, **kwargs)
+        y = self.original_module(*args, **kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(y, Tensor):
+            raise UnsupportedError(
+                f"adapters_per_sample: {type(self.original_module).__name__}, which is trained whole beside "
+                "adapters, has more than one tensor as its input and one as its output; activate one "
+                "adapter for all samples with set_adapter"
+            )
+        copies = self.modules_to_save
+        return self.samples.adapted(
+            y, copies, lambda name, _, x: copies[name](x).to(y.dtype), *args
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:

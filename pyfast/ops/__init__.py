@@ -3,6 +3,7 @@
 
 from pyfast.ops._library import OPS, recorded_kernels
 from pyfast.ops.adapter import adapter_bottleneck, adapter_scale
+from pyfast.ops.dora import dora_linear, dora_norms
 from pyfast.ops.dropout import dropout
 from pyfast.ops.lora import lora_linear
 from pyfast.ops.nf4 import NestedScales, nf4_dequantize, nf4_nest, nf4_quantize
@@ -13,6 +14,8 @@ __all__ = [
     "NestedScales",
     "adapter_bottleneck",
     "adapter_scale",
+    "dora_linear",
+    "dora_norms",
     "dropout",
     "lora_linear",
     "nf4_dequantize",

@@ -57,6 +57,17 @@ def _plain_keys(device: str) -> list[int]:
     return [inference, keys.raw_repr()]
 
 
+_PLAIN = frozenset(_plain_keys("CPU") + _plain_keys("CUDA"))
+
+
+def direct(tensor: Tensor) -> bool:
+    """Whether a kernel may be called past the dispatcher for a tensor, as `_caller` decides for arguments.
+    For a backward whose forward was called so: one of its gradients stands for all tensors."""
+    return type(tensor) is Tensor and (
+        torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN and _undisturbed(())
+    )
+
+
 def define(
     schema: str,
     *,

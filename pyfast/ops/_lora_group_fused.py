@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfast import _extension
 from pyfast.ops import _library
-from pyfast.ops._lora_group_plan import Plan, Weights, contiguous, stacked
+from pyfast.ops._lora_group_plan import MOST, Plan, Weights, contiguous, stacked
 from pyfast.ops._lora_launch import (
     FEW_RANKS,
     MANY_ROWS,
@@ -24,9 +24,6 @@ from pyfast.ops._lora_launch import (
     share_device,
 )
 from pyfast.ops._scratch import raw_stream, scratch_lock, workspace
-
-_MANY_RANKS = 64
-"""Most ranks of all members whose dA one pass of our own makes; torch makes each with a pass of its own."""
 
 
 def _call(
@@ -62,7 +59,7 @@ def forward(
         dense = weights.dense(x)
         call = [
             (*b_nr.shape, first, w_nk.data_ptr(), w_nk.stride(0), a_rk.data_ptr(), b_nr.data_ptr(),
-             _extension.ptr(bias), 0, y.data_ptr(), 0)
+             _extension.ptr(bias), 0, y.data_ptr(), 0, 0, 0)
             for first, w_nk, bias, a_rk, b_nr, y in zip(plan.columns, dense, biases, a, b, ys, strict=False)
         ]  # fmt: skip
         space = workspace(x, stream, plan.space, plan.counters)
@@ -73,12 +70,16 @@ def forward(
     return ys
 
 
+def _new(room: Tensor | None, factor: Tensor) -> Tensor:
+    return torch.empty_like(factor) if room is None else room
+
+
 def backward(
     plan: Plan, dys: dict[int, tuple[Tensor, int]], x: Tensor, z: Tensor, scale: float,
     weights: Weights, a: Sequence[Tensor], b: Sequence[Tensor], want_x: bool,
-    want_a: Sequence[bool], want_b: Sequence[bool],
+    want_a: Sequence[bool], want_b: Sequence[bool], room: Mapping[int, Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """The wanted of dx, dA_i and dB_i."""
+    """The wanted of dx, dA_i and dB_i; `room`: see `_lora_group_launch.backward`."""
     a = contiguous(a)
     ranks = [b[i].shape[1] for i in dys]
     lies = [0, *itertools.accumulate(map(padded, ranks))]
@@ -92,13 +93,10 @@ def backward(
         for i, (dy, _) in dys.items():
             low_rank(low[i], as_matrix(dy), b[i], scale)
     # By torch where our skinny products are bound by mma.sync.
-    torch_a, torch_b = (
-        many and lies[-1] > _MANY_RANKS,
-        [many and r > FEW_RANKS for r in ranks],
-    )
-    grads_a = {} if torch_a else {i: torch.empty_like(a[i]) for i in dys if want_a[i]}
+    torch_a, torch_b = many and lies[-1] > FEW_RANKS, [many and r > FEW_RANKS for r in ranks]
+    grads_a = {} if torch_a else {i: _new(room.get(i), a[i]) for i in dys if want_a[i]}
     grads_b = {
-        i: torch.empty_like(b[i])
+        i: _new(room.get(MOST + i), b[i])
         for i, by_torch in zip(dys, torch_b, strict=True)
         if want_b[i] and not by_torch
     }
@@ -109,7 +107,7 @@ def backward(
         call = [
             (*b[i].shape, plan.columns[i], dense[i].data_ptr(), dense[i].stride(0), a[i].data_ptr(),
              b[i].data_ptr(), dy.data_ptr(), pitch, _extension.ptr(grads_a.get(i)),
-             _extension.ptr(grads_b.get(i)))
+             _extension.ptr(grads_b.get(i)), i in room, MOST + i in room)
             for i, (dy, pitch) in dys.items()
         ]  # fmt: skip
         space = workspace(x, stream, plan.space, plan.counters)
@@ -118,13 +116,17 @@ def backward(
             grad_x[0].data_ptr() if want_x else 0,
         )  # fmt: skip
     _library.record("lora_group_backward", served or "lora_group_skinny")
+    if torch_a and any(want_a):
+        all_a = factor_grad(dz.t(), as_matrix(x), a[0].dtype)
+        for i, at, r in zip(dys, lies, ranks, strict=False):
+            if want_a[i]:
+                part = all_a[at : at + r]
+                grads_a[i] = room[i].add_(part) if i in room else part.clone()
     for i, (dy, _) in dys.items():
-        if want_a[i] and i not in grads_a:
-            grads_a[i] = factor_grad(low[i].t(), as_matrix(x), a[i].dtype)
         if want_b[i] and i not in grads_b:
             first = plan.columns[i]
             z_mr = z[:, first : first + b[i].shape[1]]
-            grads_b[i] = factor_grad(as_matrix(dy).t(), z_mr, b[i].dtype)
+            grads_b[i] = factor_grad(as_matrix(dy).t(), z_mr, b[i].dtype, room.get(MOST + i))
     return [
         *grad_x,
         *(grads_a[i] for i in sorted(grads_a)),

@@ -61,9 +61,10 @@ def forward(plan: Plan, *args: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def backward(plan: Plan, *args: Any) -> list[Tensor]:
-    """The wanted of dx, dW_i, dA_i and dB_i in this order."""
-    x, z, scales, blocksize, wanted = args[MOST], args[MOST + 1], *args[-3:]
-    weights, a, b, *nf4 = members(args[MOST + 2 : -3])
+    """The wanted of dx, dW_i, dA_i and dB_i in this order; the last argument: what some of the dA_i and dB_i
+    are added to, by their place among both."""
+    x, z, scales, blocksize, wanted, room = args[MOST], args[MOST + 1], *args[-4:]
+    weights, a, b, *nf4 = members(args[MOST + 2 : -4])
     w = Weights(weights, [b_nr.shape[0] for b_nr in b], nf4, blocksize)
     want_x, (want_w, want_a, want_b) = wanted[0], members(wanted[1:], len(weights))
     b = contiguous(b)
@@ -77,7 +78,7 @@ def backward(plan: Plan, *args: Any) -> list[Tensor]:
     grads_w = [as_matrix(dys[i][0]).t() @ as_matrix(x) for i, want in enumerate(want_w) if want]
     if plan.gemm:
         made = _lora_group_fused.backward(
-            plan, dys, x, z, scales[0], w, a, b, want_x, want_a, want_b
+            plan, dys, x, z, scales[0], w, a, b, want_x, want_a, want_b, room
         )
         return [*made[:want_x], *grads_w, *made[want_x:]]
     make = torch.empty if plan.rows else torch.zeros
@@ -105,11 +106,15 @@ def backward(plan: Plan, *args: Any) -> list[Tensor]:
             grads_b,
         )
     _library.record("lora_group_backward", plan.beside)
-    grads_a = [
-        grad_a_kr[:, at[i] : at[i] + a[i].shape[0]].t().contiguous()
+    grads_a = {
+        i: grad_a_kr[:, at[i] : at[i] + a[i].shape[0]].t()
         for i, want in enumerate(want_a) if want
-    ]  # fmt: skip
-    grads = [*grads_w, *grads_a, *grads_b.values()]
+    }  # fmt: skip
+    grads = [
+        *grads_w,
+        *(room[i].add_(grad) if i in room else grad.contiguous() for i, grad in grads_a.items()),
+        *(room[MOST + i].add_(grad) if MOST + i in room else grad for i, grad in grads_b.items()),
+    ]
     if not want_x:
         return grads
     grad_x = torch.mm(dz, a_all.to(x.dtype))
@@ -135,11 +140,12 @@ def _products(
             _extension.C.lora_backward(
                 *_problem(plan, stream, space, n, r, x, a_all, b[i], scales[i]),
                 dy.data_ptr(), pitch, z.data_ptr() + first, dz.data_ptr() + first,
-                dz.data_ptr() if want_x or want_a else 0, 0, _extension.ptr(grad_b),
+                dz.data_ptr() if want_x or want_a else 0, 0, _extension.ptr(grad_b), False, False,
             )  # fmt: skip
         if want_a:
             # x^T dz is the product that makes dB = dy^T z, with x for dy and dz for z.
             _extension.C.lora_backward(
                 *_problem(plan, stream, space, k, z.shape[1], x, a_all, a_all, 1.0),
                 x.data_ptr(), plan.pitch_x, dz.data_ptr(), dz.data_ptr(), 0, 0, grad_a_kr.data_ptr(),
+                False, False,
             )  # fmt: skip

@@ -31,6 +31,8 @@ _MAX_ROWS = 64 << 16
 """Each 64 rows have a counter; the kernels have 2^17 in all (csrc/lora/lora.h), half of them for these."""
 
 
+_NO_DROPOUT = "lora_linear_skinny (the GEMM for sm_80 has no dropout)"
+
 FEW_RANKS, MANY_ROWS = 16, 1024
 """Up to so many ranks, or below so many rows, our kernels make the products of A and B's size."""
 
@@ -90,6 +92,8 @@ class Plan(NamedTuple):
     """Whether torch makes z, or dz, while there is no dropout."""
     torch_grads: bool = False
     """The same of dA and dB."""
+    dx_over_x: bool = False
+    """Whether dx may take the place of x, without dropout and where GEMMs may make dz."""
 
 
 def plan(
@@ -138,6 +142,8 @@ def plan(
         few,
         many and not (gemm and _extension.C.lora_makes(device, m, n, k, r, grad_y is not None)),
         many,
+        bool(gemm and grad_y is not None and x_in_place and pitch_x == k)
+        and _extension.C.lora_dx_over_x(device, m, n, k, r),
     )
 
 
@@ -180,11 +186,39 @@ def low_rank(out: Tensor, tensor_mc: Tensor, factor: Tensor, scale: float) -> No
     out.addmm_(tensor_mc, factor.to(out.dtype), beta=0, alpha=scale)
 
 
-def factor_grad(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right of a factor's dtype, rounded once where torch can."""
+def factor_grad(
+    left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None
+) -> Tensor:
+    """left right of a factor's dtype, rounded once where torch can; added to `into` if that is given."""
+    if into is not None and dtype is left.dtype:
+        return into.addmm_(left, right)
     if dtype is torch.float32 and left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
+        made = torch.mm(left, right, out_dtype=dtype)
+    else:
+        made = torch.mm(left, right).to(dtype)
+    return made if into is None else into.add_(made)
+
+
+class Room(NamedTuple):
+    """Memory that a backward may use for its results."""
+
+    x: bool = False
+    """Whether x is nobody else's, so that dx may take its place."""
+    grad_a: Tensor | None = None
+    """Contiguous, of A's dtype; dA is added to it. So for B."""
+    grad_b: Tensor | None = None
+
+
+NO_ROOM = Room()
+
+
+def _room_for(factor: Tensor, given: Tensor | None, want: bool, rows: int) -> Tensor:
+    """Where the gradient of a factor goes: one of no rows is zero."""
+    if not want:
+        return factor.new_empty(0)
+    if given is not None:
+        return given
+    return torch.empty_like(factor) if rows else torch.zeros_like(factor)
 
 
 def _dense(
@@ -204,14 +238,21 @@ _alone = True
 """What C++ was told last by `share_device`."""
 
 
-def share_device() -> None:
-    """Let a GEMM take its SMs all at once only where no peer's answer can hold some of them."""
+def is_alone() -> bool:
+    """Whether no other process takes part in what this one computes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_world_size() == 1
+
+
+def share_device() -> bool:
+    """Let a GEMM take its SMs all at once where no peer's answer can hold some of them; whether it may."""
     global _alone
-    alone = not (distributed.is_available() and distributed.is_initialized())
-    alone = alone or distributed.get_world_size() == 1
+    alone = is_alone()
     if alone is not _alone:
         _extension.C.lora_allow_making(alone)
         _alone = alone
+    return alone
 
 
 def _problem(
@@ -277,20 +318,22 @@ def backward(
     plan: Plan, grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor,
     scale: float, dropout: float, seed: Tensor | None, absmax: Tensor | None,
     nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int, wanted: Sequence[bool],
+    room: Room = NO_ROOM,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dW, dA and dB, empty where not wanted, see `ops.lora_linear`."""
+    """dx, dW, dA and dB, empty where not wanted, see `ops.lora_linear`; what `room` has is used for them."""
     want_x, want_w, want_a, want_b = wanted
     _, _, m, _, _, r = plan.sizes
+    if dropout and plan.gemm.startswith("gemm_sm80"):
+        plan = plan._replace(gemm="", beside=_NO_DROPOUT)
     if not plan.x_in_place:
         x = copied(x)
     if not plan.dy_in_place:
         grad_y = copied(grad_y)
     if not plan.factors_in_place:
         a, b = a.contiguous(), b.contiguous()
-    make = torch.empty_like if m else torch.zeros_like
     given, composed = plan.torch_low and dropout == 0.0, plan.torch_grads and dropout == 0.0
-    grad_a = make(a) if want_a and not composed else a.new_empty(0)
-    grad_b = make(b) if want_b and not composed else b.new_empty(0)
+    grad_a = _room_for(a, room.grad_a, want_a and not composed, m)
+    grad_b = _room_for(b, room.grad_b, want_b and not composed, m)
     grad_w = torch.mm(as_matrix(grad_y).t(), as_matrix(x)) if want_w else x.new_empty(0)
     if m == 0:
         return x.new_empty(x.shape if want_x else 0), grad_w, grad_a, grad_b
@@ -302,7 +345,11 @@ def backward(
     with scratch_lock:
         if want_x:
             w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
-            grad_x = x.new_empty(*x.shape) if plan.gemm else torch.mm(as_matrix(grad_y), w)
+            if not plan.gemm:
+                grad_x = torch.mm(as_matrix(grad_y), w)
+            else:
+                over = room.x and plan.dx_over_x and dropout == 0.0 and share_device()
+                grad_x = x if over else x.new_empty(*x.shape)
         else:
             grad_x = x.new_empty(0)
         if plan.gemm or not composed:  # what is composed without a GEMM of ours is given too
@@ -315,10 +362,13 @@ def backward(
                 grad_x.data_ptr() if want_x else 0,
                 grad_a.data_ptr() if want_a and not composed else 0,
                 grad_b.data_ptr() if want_b and not composed else 0,
+                room.grad_a is not None, room.grad_b is not None,
             )  # fmt: skip
     if composed:
-        grad_a = factor_grad(dz.t(), as_matrix(x), a.dtype) if want_a else grad_a
-        grad_b = factor_grad(as_matrix(grad_y).t(), z, b.dtype) if want_b else grad_b
+        if want_a:
+            grad_a = factor_grad(dz.t(), as_matrix(x), a.dtype, room.grad_a)
+        if want_b:
+            grad_b = factor_grad(as_matrix(grad_y).t(), z, b.dtype, room.grad_b)
     _library.record("lora_linear_backward", served or plan.beside)
     if want_x and not plan.gemm:
         if dropout == 0.0:

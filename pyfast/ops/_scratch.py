@@ -98,7 +98,7 @@ def workspace(like: Tensor, stream: int, size: int, zeros: int) -> Tensor:
         fresh = like.new_empty(size, dtype=torch.uint8)
         fresh[:zeros].zero_()
         return fresh
-    key = (like.device, stream)
+    key = (like.get_device(), stream)
     held = _workspaces.get(key)
     if held is None or held.numel() < size:
         held = None  # else it would not be freed

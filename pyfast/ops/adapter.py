@@ -7,11 +7,12 @@ Letters: M tokens, K features, R bottleneck size.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfast.ops import _check, _library
+from pyfast.ops import _adapter_launch, _check, _library
 from pyfast.ops._autocast import cast_for_autocast
 from pyfast.ops.nf4 import FLOATS
 
@@ -66,11 +67,23 @@ def _scale_backward_reference(
     return grad_x, grad_scale
 
 
+def _scale_backward_kernel(
+    grad_y: Tensor, x: Tensor, scale: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    op, args = "adapter_scale_backward", (grad_y, x, scale)
+    if (plan := _adapter_launch.scale_plan(*args)).reason:
+        result: tuple[Tensor, Tensor] = _library.fall_back(op, plan.reason, *args, wanted)
+        return result
+    return _adapter_launch.scale_backward(plan, *args, wanted)
+
+
 _scale_backward = _library.define(
     "adapter_scale_backward(Tensor grad_y, Tensor x, Tensor scale, bool[] wanted) "
     "-> (Tensor, Tensor)",
     fake=_scale_backward_fake,
     reference=_scale_backward_reference,
+    kernel=_scale_backward_kernel,
+    devices=("CUDA",),
 )
 
 
@@ -155,7 +168,7 @@ def _activate_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
 def _bottleneck_fake(
     x: Tensor, down: Tensor, up: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     op = "adapter_bottleneck"
     _check.check_dtype(op, "x", x, _COMPUTE)
     k, r = _check.features(op, "x", x), _check.rows(op, "down", down)
@@ -176,27 +189,33 @@ def _bottleneck_fake(
     _check.check_same_device(op, x, down=down, up=up, norm_weight=norm_weight)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    h = x.new_empty((math.prod(x.shape[:-1]), r))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), h
+    m = math.prod(x.shape[:-1])
+    stats = x.new_empty(_adapter_launch.stats_shape(m, r, norm_weight), dtype=torch.float32)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty((m, r)), stats
 
 
 def _bottleneck_reference(
     x: Tensor, down: Tensor, up: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _bottleneck_fake(x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps)
     x_mk = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    n_mk, _, _ = _normed(x_mk, norm_weight, norm_bias, eps)
+    n_mk, mean, rstd = _normed(x_mk, norm_weight, norm_bias, eps)
     h_mr = torch.nn.functional.linear(n_mk, down, down_bias)
     y_mk = torch.addmm(x_mk, _activate(h_mr, activation), up.t())
     if up_bias is not None:
         y_mk = y_mk + up_bias
-    return _library.shaped(y_mk, x), h_mr
+    stats = x.new_empty((0, 2), dtype=torch.float32)
+    if norm_weight is not None and mean is not None and rstd is not None:
+        stats = _adapter_launch.stats_by_torch(mean, rstd, down, down_bias, norm_weight, norm_bias)
+    return _library.shaped(y_mk, x), h_mr, stats
 
 
 def _bottleneck_backward_fake(
     grad_y: Tensor, h: Tensor, x: Tensor, down: Tensor, up: Tensor, norm_weight: Tensor | None,
     norm_bias: Tensor | None, activation: str, eps: float, wanted: list[bool],
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     k, r = up.shape
     shapes = (x.shape, down.shape, up.shape, (r,), (k,), (k,), (k,))
@@ -209,6 +228,7 @@ def _bottleneck_backward_fake(
 def _bottleneck_backward_reference(
     grad_y: Tensor, h: Tensor, x: Tensor, down: Tensor, up: Tensor, norm_weight: Tensor | None,
     norm_bias: Tensor | None, activation: str, eps: float, wanted: list[bool],
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     want_x, want_down, want_up, want_down_bias, want_up_bias, want_norm_w, want_norm_b = wanted
     m, k = h.shape[0], x.shape[-1]
@@ -239,12 +259,35 @@ def _bottleneck_backward_reference(
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
+@_library.planned
+def _backward_plan(
+    grad_y: Tensor, h: Tensor, x: Tensor, down: Tensor, up: Tensor, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, activation: str, stats: Tensor | None,
+) -> _adapter_launch.Plan:  # fmt: skip
+    if norm_weight is not None and stats is None:
+        return _adapter_launch.Plan("the norm's statistics were not handed on")
+    others = (h, up, norm_weight, norm_bias, stats)
+    return _adapter_launch.plan(x, down, others, activation, grad_y)
+
+
+def _bottleneck_backward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    stats = args[10] if len(args) > 10 else None
+    plan = _backward_plan(*args[:8], stats)
+    if plan.reason:
+        result: tuple[Tensor, ...]
+        result = _library.fall_back("adapter_bottleneck_backward", plan.reason, *args)
+        return result
+    return _adapter_launch.backward(plan, *args)
+
+
 _bottleneck_backward = _library.define(
     "adapter_bottleneck_backward(Tensor grad_y, Tensor h, Tensor x, Tensor down, Tensor up, "
-    "Tensor? norm_weight, Tensor? norm_bias, str activation, float eps, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? norm_weight, Tensor? norm_bias, str activation, float eps, bool[] wanted, "
+    "Tensor? stats=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_bottleneck_backward_fake,
     reference=_bottleneck_backward_reference,
+    kernel=_bottleneck_backward_kernel,
+    devices=("CUDA",),
 )
 
 
@@ -255,17 +298,20 @@ class _Bottleneck(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, below, x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps
     ):
-        y, h = below(x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps)
-        ctx.save_for_backward(h, x, down, up, norm_weight, norm_bias)
+        y, h, stats = below(
+            x, down, up, down_bias, up_bias, norm_weight, norm_bias, activation, eps
+        )
+        ctx.save_for_backward(h, x, down, up, norm_weight, norm_bias, stats)
         ctx.constants = (activation, eps)
-        ctx.mark_non_differentiable(h)
-        return y, h
+        ctx.mark_non_differentiable(h, stats)
+        return y, h, stats
 
     @staticmethod
     @_library.once_differentiable
-    def backward(ctx, grad_y, _grad_h):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_y, *_):  # type: ignore[no-untyped-def]
         wanted = ctx.needs_input_grad[1:8]
-        grads = _bottleneck_backward(grad_y, *ctx.saved_tensors, *ctx.constants, wanted)
+        *saved, stats = ctx.saved_tensors
+        grads = _bottleneck_backward(grad_y, *saved, *ctx.constants, wanted, stats)
         return (
             None,
             *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
@@ -274,10 +320,28 @@ class _Bottleneck(torch.autograd.Function):
         )
 
 
+@_library.planned
+def _forward_plan(*args: Any) -> _adapter_launch.Plan:
+    _bottleneck_fake(*args)
+    x, down, *others, activation, _ = args
+    return _adapter_launch.plan(x, down, tuple(others), activation)
+
+
+def _bottleneck_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _forward_plan(*args)
+    if plan.reason:
+        result: tuple[Tensor, Tensor, Tensor]
+        result = _library.fall_back("adapter_bottleneck", plan.reason, *args)
+        return result
+    return _adapter_launch.forward(plan, *args)
+
+
 _bottleneck = _library.define(
-    f"adapter_bottleneck({_BOTTLENECK}) -> (Tensor, Tensor)",
+    f"adapter_bottleneck({_BOTTLENECK}) -> (Tensor, Tensor, Tensor)",
     fake=_bottleneck_fake,
     reference=_bottleneck_reference,
+    kernel=_bottleneck_kernel,
+    devices=("CUDA",),
     autograd=_Bottleneck,
 )
 

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from pyfast.ops import _check, _library, _lora_launch, _philox
+from pyfast.ops._accumulate import goes_into_grad
 from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops._lora_launch import NO_ROOM, Room
+from pyfast.ops._remake import recipe
 from pyfast.ops.dropout import dropout_op
 from pyfast.ops.nf4 import FLOATS
 from pyfast.ops.nf4_linear import nf4_linear_backward_op, nf4_linear_op
@@ -157,14 +160,19 @@ def _lora_backward_reference(
 _backward_plan = _library.planned(_lora_launch.plan)
 
 
-def _lora_backward_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _lora_backward_kernel(
+    *args: Any, room: Room = NO_ROOM
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_y, x, _, weight, a, b, _, _, _, absmax, _, _, blocksize, wanted = args
     plan = _backward_plan(x, weight, a, b, absmax, blocksize, grad_y, wanted[0])
     if plan.reason:
         result: tuple[Tensor, Tensor, Tensor, Tensor]
         result = _library.fall_back("lora_linear_backward", plan.reason, *args)
-        return result
-    return _lora_launch.backward(plan, *args)
+        return *result[:2], *(
+            made if into is None else into.add_(made)
+            for made, into in zip(result[2:], room[1:], strict=True)
+        )  # type: ignore[return-value]
+    return _lora_launch.backward(plan, *(*args, room))
 
 
 _lora_backward = _library.define(
@@ -179,7 +187,7 @@ _lora_backward = _library.define(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x, z, the factors and 16 bytes of seed; formulas at the top of this file."""
+    """Saves x, unless it can be made again, z, the factors and 16 bytes of seed; formulas at the top."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -189,10 +197,14 @@ class _LoraLinear(torch.autograd.Function):
         y, z = below(
             x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset, blocksize
         )
-        ctx.save_for_backward(x, z, weight, a, b, seed, absmax, nested_absmax, offset)
+        ctx.remake = recipe(x)
+        kept = x if ctx.remake is None else None
+        ctx.save_for_backward(kept, z, weight, a, b, seed, absmax, nested_absmax, offset)
         ctx.constants = (scale, dropout, blocksize)
         ctx.mark_non_differentiable(z)
         ctx.set_materialize_grads(False)
+        ctx.direct = below is _lora_kernel
+        ctx.place = 2 + (bias is not None)  # of A among the tensors
         return y, z
 
     @staticmethod
@@ -206,10 +218,26 @@ class _LoraLinear(torch.autograd.Function):
         wanted = (want_x, want_w, want_a, want_b)
         grad_x = grad_w = grad_bias = grad_a = grad_b = None
         if any(wanted):
-            grad_x, grad_w, grad_a, grad_b = _lora_backward(
+            own_x = x is None
+            if own_x:
+                x = ctx.remake()
+            args = (
                 grad_y, x, z, weight, a, b, scale, dropout, seed, absmax, nested_absmax, offset,
                 blocksize, wanted,
             )  # fmt: skip
+            if ctx.direct and _library.direct(grad_y):
+                into_a, into_b = (
+                    want_a and goes_into_grad(ctx, ctx.place, a),
+                    want_b and goes_into_grad(ctx, ctx.place + 1, b),
+                )
+                room = Room(own_x, a.grad if into_a else None, b.grad if into_b else None)
+                grad_x, grad_w, grad_a, grad_b = _lora_backward_kernel(*args, room=room)
+                if into_a:
+                    a.grad, want_a = grad_a, False
+                if into_b:
+                    b.grad, want_b = grad_b, False
+            else:
+                grad_x, grad_w, grad_a, grad_b = _lora_backward(*args)
         if want_bias:
             grad_bias = grad_y.reshape(z.shape[0], grad_y.shape[-1]).sum(0)
         return (

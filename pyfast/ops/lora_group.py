@@ -14,22 +14,25 @@ in z, each from a multiple of 8 columns on, with zeros between. There is no drop
 would draw a mask of its own.
 
 One node stands for the group in the graph. Derivatives of all members come from one backward, or from
-several without retain_graph, as if each member had a node of its own: see `_Held`.
+several without retain_graph, as if each member had a node of its own: see `_held`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfast.ops import _check, _library, _lora_group_launch, _lora_group_plan
+from pyfast.ops._accumulate import those_into_grad
 from pyfast.ops._autocast import cast_for_autocast
+from pyfast.ops._held import Held, versions
 from pyfast.ops._lora_group_plan import MOST, columns, members, stacked
+from pyfast.ops._remake import recipe
 from pyfast.ops.lora import _COMPUTE, _scaled_product
 from pyfast.ops.nf4 import nf4_dequantize
 
@@ -52,9 +55,8 @@ def _check_group(*args: Any) -> None:
     _check.check_dtype("lora_group", "x", x, _COMPUTE)
     k = _check.features("lora_group", "x", x)
     if len(scales) != len(weights):
-        raise ValueError(
-            f"lora_group: {len(weights)} linears need as many scales, got {len(scales)}"
-        )
+        count = len(weights)
+        raise ValueError(f"lora_group: {count} linears need as many scales, got {len(scales)}")
     for i, member in enumerate(zip(weights, biases, a, b, zip(*nf4, strict=True), strict=True)):
         if not _fits(x, k, *member):
             _check_member(i, x, k, blocksize, *member)
@@ -210,12 +212,15 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
 _backward_plan = _library.planned(_lora_group_plan.plan)
 
 
-def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
+def _backward_kernel(*args: Any, room: Mapping[int, Tensor] = {}) -> tuple[Tensor, ...]:
+    """`room`: gradients of factors that the results are added to, by their place among all A_i and B_i."""
     plan = _backward_plan(args[MOST], tuple(args[-3]), args[-2], *args[MOST + 2 : -3], *args[:MOST])
     if plan.reason:
-        result: tuple[Tensor, ...] = _library.fall_back("lora_group_backward", plan.reason, *args)
-        return result
-    return _padded_grads(args[MOST], args[-1], _lora_group_launch.backward(plan, *args))
+        result = list(_library.fall_back("lora_group_backward", plan.reason, *args))
+        for i, grad in room.items():
+            result[1 + MOST + i] = grad.add_(result[1 + MOST + i])
+        return tuple(result)
+    return _padded_grads(args[MOST], args[-1], _lora_group_launch.backward(plan, *args, room))
 
 
 _group_backward = _library.define(
@@ -234,25 +239,17 @@ _KINDS = 7
 """Of arguments that come for every member."""
 
 
-class _Held(NamedTuple):
-    """What a backward that was not of all members leaves for the others', since autograd frees its own."""
-
-    saved: tuple[Tensor | None, ...]
-    versions: list[int]
-    done: set[int]
-    """Members whose derivatives were here."""
-
-    def check(self) -> None:
-        """Raise as autograd does where a saved tensor was changed."""
-        if self.versions != _versions(self.saved):
-            raise RuntimeError(
-                "lora_group: one of the variables needed for gradient computation has been modified by an "
-                "inplace operation between the backwards of two members. Fix: one backward for both"
-            )
-
-
-def _versions(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [tensor._version for tensor in tensors if tensor is not None]
+def _into_grads(
+    ctx: Any, args: tuple[Any, ...], wanted: list[bool]
+) -> tuple[tuple[Tensor, ...], list[bool]]:
+    """What the kernel makes; and what of it is wanted still, less what went into a factor's `.grad`."""
+    first = 1 + MOST  # of the factors in `wanted`, which has x and the W_i ahead of them
+    factors = args[2 * MOST + 2 :][: 2 * MOST]
+    gone = those_into_grad(ctx, ctx.place, factors, wanted[first:])
+    made = _backward_kernel(*args, room={i: f.grad for i, f in gone.items() if f.grad is not None})
+    for i, factor in gone.items():
+        factor.grad = made[first + i]
+    return made, [want and i - first not in gone for i, want in enumerate(wanted)]
 
 
 class _LoraGroup(torch.autograd.Function):
@@ -262,7 +259,9 @@ class _LoraGroup(torch.autograd.Function):
     def forward(ctx, below, *args):  # type: ignore[no-untyped-def]
         outputs = below(*args)
         weights, _, a, b, *nf4 = (args[1 + i * MOST :][:MOST] for i in range(_KINDS))
-        ctx.save_for_backward(args[0], outputs[-1], *weights, *a, *b, *itertools.chain(*nf4))
+        ctx.remake = recipe(args[0], norms=True)
+        x = args[0] if ctx.remake is None else None
+        ctx.save_for_backward(x, outputs[-1], *weights, *a, *b, *itertools.chain(*nf4))
         ctx.scales, ctx.blocksize = args[-2:]
         _, want_x, *wants = ctx.needs_input_grad[: 2 + 4 * MOST]
         idle = [
@@ -271,6 +270,9 @@ class _LoraGroup(torch.autograd.Function):
         ]  # fmt: skip
         # Members whose derivatives may come; less where outputs are kept for who may never take them.
         ctx.count, ctx.held = MOST - len(idle), None
+        ctx.direct = below is _group_kernel
+        # Of the A_i among the tensors; the B_i follow.
+        ctx.place = 1 + sum(tensor is not None for tensor in args[1 : 1 + 2 * MOST])
         ctx.mark_non_differentiable(outputs[-1], *idle)
         ctx.set_materialize_grads(False)
         return outputs
@@ -285,7 +287,7 @@ class _LoraGroup(torch.autograd.Function):
         if ctx.held is None:
             saved = ctx.saved_tensors
             if sum(here) < ctx.count:
-                ctx.held = _Held(saved, _versions(saved), set())
+                ctx.held = Held(saved, versions(saved), set())
         else:
             saved = ctx.held.saved
             ctx.held.check()
@@ -296,9 +298,14 @@ class _LoraGroup(torch.autograd.Function):
         rest = [want and here[i % MOST] for i, want in enumerate(rest)]
         want_bias = rest[MOST : 2 * MOST]
         wanted = [want_x, *rest[:MOST], *rest[2 * MOST :]]
-        results = [None] * len(wanted)
+        results: list[Tensor | None] = [None] * len(wanted)
         if any(wanted):
-            made = _group_backward(*dys, *saved, ctx.scales, ctx.blocksize, wanted)
+            x = ctx.remake() if saved[0] is None else saved[0]
+            args = (*dys, x, *saved[1:], ctx.scales, ctx.blocksize, wanted)
+            if ctx.direct and _library.direct(next(dy for dy in dys if dy is not None)):
+                made, wanted = _into_grads(ctx, args, wanted)
+            else:
+                made = _group_backward(*args)
             results = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
         biases = [
             dy.reshape(saved[1].shape[0], dy.shape[-1]).sum(0) if want else None

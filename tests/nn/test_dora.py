@@ -26,6 +26,8 @@ def small_blocks(monkeypatch):
     """Several blocks of rows even in small weights."""
     monkeypatch.setattr(dora, "_CPU_BLOCK", 64)
     monkeypatch.setattr(dora, "_BLOCK", 64)
+    monkeypatch.setattr("pyfast.ops.dora.CPU_BLOCK", 64)
+    monkeypatch.setattr("pyfast.ops.dora.BLOCK", 64)
 
 
 def factors(n, k, r=R, dtype=torch.float32, device="cpu"):
@@ -227,14 +229,14 @@ def test_gradcheck(kind, dropout, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
-def test_accuracy_rule(kind, dtype):
-    ours, theirs = pair(kind, dtype, dtype)
-    exact, _ = pair(kind, torch.float64, torch.float64)
+def test_accuracy_rule(kind, dtype, device):
+    ours, theirs = (layer.to(device) for layer in pair(kind, dtype, dtype))
+    exact = pair(kind, torch.float64, torch.float64)[0].to(device)
     with torch.no_grad():
         for key, parameter in exact.named_parameters():
             parameter.copy_(ours.get_parameter(key).double())
-    x = seeded((200, K), seed=1, dtype=dtype)
-    dy = seeded((200, N), seed=2, dtype=dtype)
+    x = seeded((200, K), seed=1, dtype=dtype, device=device)
+    dy = seeded((200, N), seed=2, dtype=dtype, device=device)
     true = results(exact, x.double(), dy.double())
     rough = results(theirs, x, dy)
     found = results(ours, x, dy)
@@ -339,3 +341,15 @@ def test_offloading_of_the_parts(kind):
     offload(ours.lora_magnitude_vector["default"])
     assert ours.lora_magnitude_vector["default"].weight.is_meta
     torch.testing.assert_close(ours(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias"])
+def test_autocast_gives_its_dtype(kind):
+    ours, theirs = pair(kind)
+    x = seeded((6, K), seed=1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
+        with torch.no_grad():
+            assert torch.equal(ours(x), y)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), theirs(x), atol=0.05, rtol=0.05)

@@ -24,6 +24,11 @@ def at(address, rows, columns, pitch, dtype):
     return torch.frombuffer(cells, dtype=dtype).as_strided((rows, columns), (pitch, 1))
 
 
+def put(to, value, add):
+    """Store, or add to what is there."""
+    to.copy_(to.double() + value if add else value)
+
+
 class Extension:
     """csrc/lora on the CPU; all that is not LoRA's is the real extension's."""
 
@@ -31,6 +36,7 @@ class Extension:
 
     def __init__(self, gemm, makes=False):
         self.real, self.gemm, self.makes, self.calls = _extension.C, gemm, makes, []
+        self.over_x = False
 
     def __getattr__(self, name):
         return getattr(self.real, name)
@@ -44,6 +50,9 @@ class Extension:
 
     def lora_makes(self, device, m, n, k, r, transposed):
         return self.makes
+
+    def lora_dx_over_x(self, device, m, n, k, r):
+        return self.makes and r <= 16
 
     def problem(self, args):
         (device, stream, dtype, adapter, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a, b, scale,
@@ -85,8 +94,9 @@ class Extension:
 
     def lora_backward(self, *args):
         x, w, a, b, scale, keep = self.problem(args[:21])
-        dy, pitch_dy, z, dz, dx, da, db = args[21:]
+        dy, pitch_dy, z, dz, dx, da, db, add_da, add_db = args[21:]
         dtype, adapter, m, n, k, r = (DTYPES[args[2]], DTYPES[args[3]], *args[4:8])
+        self.over_x = dx == args[8]
         assert dy % 16 == 0
         assert pitch_dy % 8 == 0
         dy, z = at(dy, m, n, pitch_dy, dtype).double(), at(z, m, r, args[16], dtype).double()
@@ -97,9 +107,9 @@ class Extension:
         if dx and args[10]:
             at(dx, m, k, k, dtype).copy_(dy @ w + low @ a * keep)
         if da:
-            at(da, r, k, k, adapter).copy_(low.t() @ (x * keep))
+            put(at(da, r, k, k, adapter), low.t() @ (x * keep), add_da)
         if db:
-            at(db, n, r, r, adapter).copy_(dy.t() @ z)
+            put(at(db, n, r, r, adapter), dy.t() @ z, add_db)
         self.calls.append("backward")
         return self.gemm if dx and args[10] else ""
 

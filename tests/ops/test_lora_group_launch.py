@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pyfast import ops
-from pyfast.ops import _lora_group_fused, _lora_group_launch, _lora_group_plan
+from pyfast.ops import _accumulate, _lora_group_fused, _lora_group_launch, _lora_group_plan
 from pyfast.testing import seeded
 from tests.cases import packed
 from tests.ops import lora_extension
-from tests.ops.lora_extension import DTYPES, at, inputs, use
+from tests.ops.lora_extension import DTYPES, at, inputs, put, use
 
 group = importlib.import_module("pyfast.ops.lora_group")
 K, OUT, SCALE = 16, (24, 8, 40), 0.75
@@ -54,7 +54,7 @@ class Extension(lora_extension.Extension):
         x, z, scale, given, dtype, _, members = self.group(args)
         if not given:
             z.zero_()
-        for n, r, first, w, a, b, (bias, _, y, _) in members:
+        for n, r, first, w, a, b, (bias, _, y, *_) in members:
             z_mr = z[:, first : first + r]
             if not given:
                 z_mr.copy_(scale * x @ a.t())
@@ -71,15 +71,17 @@ class Extension(lora_extension.Extension):
         if not given:
             dz.fill_(float("nan"))
         sum_x = 0
-        for (n, r, first, w, a, b, (dy, pitch, da, db)), begin in zip(members, lies, strict=False):
+        for (n, r, first, w, a, b, rest), begin in zip(members, lies, strict=False):
+            dy, pitch, da, db, add_da, add_db = rest
             dy, dz_mr = at(dy, m, n, pitch, dtype).double(), dz[:, begin : begin + r]
             if not given and (dx or da):
                 dz[:, begin : begin + (r + 7) // 8 * 8].zero_()
                 dz_mr.copy_(scale * dy @ b)
             if da:
-                at(da, r, k, k, adapter).copy_(dz_mr.double().t() @ x)
+                put(at(da, r, k, k, adapter), dz_mr.double().t() @ x, add_da)
             if db:
-                at(db, n, r, r, adapter).copy_(dy.t() @ z[:, first : first + r].double())
+                z_mr = z[:, first : first + r].double()
+                put(at(db, n, r, r, adapter), dy.t() @ z_mr, add_db)
             sum_x = sum_x + dy @ w + dz_mr.double() @ a
         if dx:
             assert dz.isfinite().all()
@@ -93,7 +95,8 @@ class Extension(lora_extension.Extension):
 
     def lora_backward(self, *args):
         _, w, _, b, scale, _ = self.problem(args[:21])
-        dy, pitch_dy, z, dz, dx, da, db = args[21:]
+        dy, pitch_dy, z, dz, dx, da, db, *adds = args[21:]
+        assert adds == [False, False]
         dtype, adapter, m, n, _, r, pitch = (DTYPES[args[2]], DTYPES[args[3]], *args[4:8], args[16])
         assert w == 0
         assert da == 0
@@ -303,3 +306,18 @@ def test_plans_are_made_once_and_checks_not_skipped(layers):
         layers(x, w, [a[0], a[1][:, :8], a[2]], b, t)
     with pytest.raises(TypeError, match=r"weights\[2\] must be bfloat16, got float32"):
         layers(x, [*w[:2], w[2].float()], a, b, t)
+
+
+@pytest.mark.parametrize("ranks", [(3, 8, 12), (24, 40, 8)])
+def test_gradients_that_are_added_to_those_there(layers, ranks):
+    tensors, dys = operands(ranks=ranks)
+    _, _, a, b, _ = tensors
+    for factor in (*a, *b[1:]):
+        _accumulate.mark(factor, True)
+    torch.autograd.backward(layers(*tensors), dys)
+    held = [factor.grad for factor in (*a, *b)]
+    firsts = [grad.clone() for grad in held]
+    torch.autograd.backward(layers(*tensors), dys)
+    for factor, grad, first in zip((*a, *b), held, firsts, strict=True):
+        assert factor.grad is grad
+        torch.testing.assert_close(grad, first * 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyfast import _extension, ops
-from pyfast.ops import _lora_launch, _philox, _scratch, lora
+from pyfast.ops import _accumulate, _lora_launch, _philox, _remake, _scratch, lora
 from pyfast.testing import seeded
 from tests.cases import packed
 from tests.ops.lora_extension import WHY, Extension, inputs, use
@@ -192,6 +192,18 @@ def test_many_ranks_are_torch_s_where_torch_makes_the_product_with_w(layer):
     assert layer.extension.calls == (["forward", "backward"] if own else [])
 
 
+@pytest.mark.parametrize("rank", [3, 24])
+def test_dropout_of_dx_is_composed_where_the_gemm_is_for_sm_80(layer, rank):
+    layer.extension.gemm, layer.extension.makes = "gemm_sm80_128x256", False
+    tensors = operands(r=rank)
+    with ops.recorded_kernels() as ran:
+        check(layer, *tensors)
+        check(layer, *tensors, dropout=0.25, seed=torch.tensor([7, 8]))
+    names = [name for op, name in ran if op.startswith("lora")]
+    assert names[:3] == [layer.extension.gemm] * 3
+    assert names[3:] == ["lora_linear_skinny (the GEMM for sm_80 has no dropout)"]
+
+
 def test_what_the_kernels_do_not_take_is_composed(layer):
     x, w, a, b, dy = operands(dtype=torch.float32)
     with ops.recorded_kernels() as ran:
@@ -233,3 +245,36 @@ def test_gemms_take_whole_devices_only_where_no_peer_is_waited_for(monkeypatch):
             monkeypatch.setattr(_lora_launch.distributed, name, lambda value=value: value)
         _lora_launch.share_device()
     assert told == [False, True]
+
+
+@pytest.mark.parametrize("rank", [8, 24])
+def test_gradients_that_are_added_to_those_there(layer, rank):
+    x, w, a, b, dy = operands(r=rank)
+    for factor in (a, b):
+        _accumulate.mark(factor, True)
+    layer(x, w, a, b).backward(dy)
+    held = [factor.grad for factor in (a, b)]
+    other = seeded((5, K), seed=11, dtype=torch.bfloat16).requires_grad_()
+    layer(other, w, a, b).backward(dy)
+    parts = [exact(each, w, a, b, dy)[2:] for each in (x, other)]
+    for factor, first, *wants in zip((a, b), held, *parts, strict=True):
+        assert factor.grad is first
+        assert (first.double() - sum(wants)).norm() <= 0.01 * sum(wants).norm()
+
+
+@pytest.mark.parametrize(("rank", "dropout"), [(8, 0.0), (8, 0.25), (24, 0.0)])
+def test_dx_in_the_place_of_an_input_that_was_made_again(layer, rank, dropout, monkeypatch):
+    monkeypatch.setattr(_remake, "LEAST", 1)
+    _, w, a, b, dy = operands(r=rank)
+    seed = torch.tensor([7, 8])
+    gate, up = (seeded((5, K), seed=i, dtype=torch.bfloat16).requires_grad_() for i in (1, 2))
+    options = {"dropout": dropout, "seed": seed if dropout else None}
+    y = layer(gate * up, w, a, b, **options)
+    assert y.grad_fn.saved_tensors[0] is None
+    grads = torch.autograd.grad(y, (gate, up, a, b), dy)
+    made = exact((gate * up).detach(), w, a, b, dy, **options)[1:]
+    wants = (made[0] * up.double(), made[0] * gate.double(), *made[1:])
+    for got, want in zip(grads, wants, strict=True):
+        assert (got.double() - want).norm() <= 0.01 * want.norm()
+    extension = layer.extension
+    assert extension.over_x is (extension.makes and rank == 8 and dropout == 0.0)
