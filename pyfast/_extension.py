@@ -41,6 +41,13 @@ def has_cuda() -> bool:
     return C is not None and C.build_info()["cuda"] is not None
 
 
+def missing_cuda() -> str:
+    """Why there are no CUDA kernels; empty where there are."""
+    if C is None:
+        return reason
+    return "" if has_cuda() else "this build has no CUDA kernels"
+
+
 def ptr(tensor: torch.Tensor | None) -> int:
     """Address of the tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -14,8 +14,8 @@ def accumulate_in_kernels(model: nn.Module, enabled: bool = True) -> int:
     """Let the CUDA kernels of LoRA linears add to the factors' `.grad` themselves; off unless asked for.
 
     `backward()` then costs a launch and a read less for each factor from the second micro-batch on, less host
-    time in all, and in half types rounds once where torch's accumulation rounds twice. torch accumulates as
-    ever for a factor with hooks, beside other processes (DDP, FSDP), under `torch.compile` and
+    time in all, and in half types mostly rounds once where torch's accumulation rounds twice. torch
+    accumulates as ever for a factor with hooks, beside other processes (DDP, FSDP), under `torch.compile` and
     `torch.autograd.grad`, on other devices, and for DoRA's magnitudes.
 
     Args:

@@ -25,16 +25,9 @@ FUSED_RANKS, MANY_ROWS = 128, 1024
 """Up to so many ranks, or below so many rows, our kernels make dU."""
 
 
-def _absent() -> str:
-    """Why there are no kernels at all; empty where there are."""
-    if _extension.C is None:
-        return _extension.reason
-    return "" if _extension.has_cuda() else "this build has no CUDA kernels"
-
-
 def missing(x: Tensor, down: Tensor) -> str:
     """Why the kernels cannot serve a call; empty when they can."""
-    if reason := _absent():
+    if reason := _extension.missing_cuda():
         return reason
     if x.dtype not in _HALVES:
         return f"there are kernels for float16 and bfloat16, not {x.dtype}"
@@ -193,7 +186,7 @@ class ScalePlan(NamedTuple):
 @_library.planned
 def scale_plan(grad_y: Tensor, x: Tensor, scale: Tensor) -> ScalePlan:
     """The plan of a backward."""
-    if reason := _absent():
+    if reason := _extension.missing_cuda():
         return ScalePlan(reason)
     for tensor in (x, scale):
         if tensor.dtype not in _extension.DTYPES:

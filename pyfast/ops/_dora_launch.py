@@ -23,7 +23,7 @@ from pyfast.ops.nf4 import dequantize_into
 FORWARD, BACKWARD = 1.0, 2.0
 """From so many times K on, rows of x are more than scaling W is worth."""
 
-BUILT = hasattr(_extension.C, "dora_norms")
+BUILT = not _extension.missing_cuda()
 
 
 class Nf4(NamedTuple):
@@ -41,7 +41,7 @@ DENSE = Nf4(None, None, None, 64)
 def missing_norms(weight: Tensor, a: Tensor, b: Tensor) -> str:
     """Why the kernel cannot make the norms; empty when it can."""
     if not BUILT:
-        return _extension.reason or "this build has no CUDA kernels"
+        return _extension.missing_cuda()
     by_out, pitch = stored(weight)[1:]
     dtypes = _extension.DTYPES
     if weight.dtype not in dtypes or a.dtype not in dtypes or a.dtype is not b.dtype:
@@ -70,7 +70,7 @@ def norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 def missing_linear(x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> str:
     """Why the kernels cannot serve a layer; empty when they can."""
     if not BUILT:
-        return _extension.reason or "this build has no CUDA kernels"
+        return _extension.missing_cuda()
     if x.dtype is not torch.bfloat16:
         return f"there are kernels for bfloat16, not {x.dtype}"
     if magnitude.dtype not in _extension.DTYPES:

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyfast import _extension
@@ -21,6 +20,7 @@ from pyfast.ops._lora_launch import (
     factor_grad,
     low_rank,
     padded,
+    room_for,
     share_device,
 )
 from pyfast.ops._scratch import raw_stream, scratch_lock, workspace
@@ -70,10 +70,6 @@ def forward(
     return ys
 
 
-def _new(room: Tensor | None, factor: Tensor) -> Tensor:
-    return torch.empty_like(factor) if room is None else room
-
-
 def backward(
     plan: Plan, dys: dict[int, tuple[Tensor, int]], x: Tensor, z: Tensor, scale: float,
     weights: Weights, a: Sequence[Tensor], b: Sequence[Tensor], want_x: bool,
@@ -94,9 +90,10 @@ def backward(
             low_rank(low[i], as_matrix(dy), b[i], scale)
     # By torch where our skinny products are bound by mma.sync.
     torch_a, torch_b = many and lies[-1] > FEW_RANKS, [many and r > FEW_RANKS for r in ranks]
-    grads_a = {} if torch_a else {i: _new(room.get(i), a[i]) for i in dys if want_a[i]}
+    made_a = [] if torch_a else [i for i in dys if want_a[i]]
+    grads_a = {i: room_for(a[i], room.get(i), True, plan.rows) for i in made_a}
     grads_b = {
-        i: _new(room.get(MOST + i), b[i])
+        i: room_for(b[i], room.get(MOST + i), True, plan.rows)
         for i, by_torch in zip(dys, torch_b, strict=True)
         if want_b[i] and not by_torch
     }

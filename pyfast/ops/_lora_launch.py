@@ -44,10 +44,8 @@ def padded(rank: int) -> int:
 
 def missing(x: Tensor, a: Tensor, b: Tensor) -> str:
     """Why the kernels cannot serve a call; empty when they can."""
-    if _extension.C is None:
-        return _extension.reason
-    if not _extension.has_cuda():
-        return "this build has no CUDA kernels"
+    if reason := _extension.missing_cuda():
+        return reason
     if x.dtype not in _HALVES:
         return f"there are kernels for float16 and bfloat16, not {x.dtype}"
     if a.dtype is not b.dtype or a.dtype not in _extension.DTYPES:
@@ -212,7 +210,7 @@ class Room(NamedTuple):
 NO_ROOM = Room()
 
 
-def _room_for(factor: Tensor, given: Tensor | None, want: bool, rows: int) -> Tensor:
+def room_for(factor: Tensor, given: Tensor | None, want: bool, rows: int) -> Tensor:
     """Where the gradient of a factor goes: one of no rows is zero."""
     if not want:
         return factor.new_empty(0)
@@ -332,8 +330,8 @@ def backward(
     if not plan.factors_in_place:
         a, b = a.contiguous(), b.contiguous()
     given, composed = plan.torch_low and dropout == 0.0, plan.torch_grads and dropout == 0.0
-    grad_a = _room_for(a, room.grad_a, want_a and not composed, m)
-    grad_b = _room_for(b, room.grad_b, want_b and not composed, m)
+    grad_a = room_for(a, room.grad_a, want_a and not composed, m)
+    grad_b = room_for(b, room.grad_b, want_b and not composed, m)
     grad_w = torch.mm(as_matrix(grad_y).t(), as_matrix(x)) if want_w else x.new_empty(0)
     if m == 0:
         return x.new_empty(x.shape if want_x else 0), grad_w, grad_a, grad_b

@@ -220,20 +220,9 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        below,
-        x,
-        weight,
-        a,
-        b,
-        magnitude,
-        norms,
-        scale,
-        absmax,
-        nested_absmax,
-        offset,
+        ctx, below, x, weight, a, b, magnitude, norms, scale, absmax, nested_absmax, offset,
         blocksize,
-    ):
+    ):  # fmt: skip
         constants = (scale, absmax, nested_absmax, offset, blocksize)
         y, z = below(x, weight, a, b, magnitude, norms, *constants)
         ctx.remake = recipe(x)
@@ -356,30 +345,12 @@ def dora_linear(
     x, weight = cast_for_autocast(x, weight)
     y: Tensor
     if _fused(x, weight, a, b, norms):
-        y = _dora(
-            x,
-            weight,
-            a,
-            b,
-            magnitude,
-            norms,
-            scale,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            blocksize,
-        )[0]
+        quantized = (absmax, nested_absmax, nested_offset, blocksize)
+        y = _dora(x, weight, a, b, magnitude, norms, scale, *quantized)[0]
         return y
     y = lora_linear(
-        x,
-        weight,
-        a,
-        b,
-        scale=scale,
-        absmax=absmax,
-        nested_absmax=nested_absmax,
-        nested_offset=nested_offset,
-        blocksize=blocksize,
-    )
+        x, weight, a, b, scale=scale, absmax=absmax, nested_absmax=nested_absmax,
+        nested_offset=nested_offset, blocksize=blocksize,
+    )  # fmt: skip
     columns = column_scale(magnitude, norms)
     return adapter_scale(y, columns) if torch.is_grad_enabled() else y.mul_(columns)
