@@ -130,6 +130,7 @@ def lora_forward(
     workspace: int,
     counters: int,
     bias: int,
+    columns: int,
     y: int,
     z: int,
     /,
@@ -301,6 +302,9 @@ def dora_scale(
     scaled_b: int,
     /,
 ) -> str: ...
+def dora_factors(
+    device: int, stream: int, n: int, dtype: int, magnitude: int, norms: int, out: int, /
+) -> None: ...
 def dora_slices(device: int, m: int, n: int, /) -> int: ...
 def dora_sums(
     device: int,

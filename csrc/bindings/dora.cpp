@@ -51,6 +51,12 @@ std::string_view scale(int device, Address stream, bool by_row, std::int64_t row
                      {device, 1, pointer<void>(stream)});
 }
 
+void factors(int device, Address stream, std::int64_t n, int dtype, Address magnitude,
+             Address norms, Address out) {
+  dora::factors(n, columns(dtype, magnitude, norms), pointer<float>(out),
+                {device, 1, pointer<void>(stream)});
+}
+
 std::string_view sums(int device, Address stream, std::int64_t m, std::int64_t n, Address dy,
                       std::int64_t pitch_dy, Address y, Address scaled_dy, int dtype,
                       Address magnitude, Address norms, Address parts) {
@@ -86,6 +92,7 @@ void bind_dora([[maybe_unused]] py::module_& m) {
 #ifdef PYFAST_CUDA
   m.def("dora_norms", &norms, Unlocked(), "Write the norms. Returns the kernel's name.");
   m.def("dora_scale", &scale, Unlocked(), "Write c times a matrix, and c B.");
+  m.def("dora_factors", &factors, Unlocked(), "Write c.");
   m.def("dora_slices", &dora::slices, "Rows of the parts that dora_sums writes.");
   m.def("dora_sums", &sums, Unlocked(), "Write parts of the sums of dy y, and c dy.");
   m.def("dora_finish", &finish, Unlocked(), "Write dmagnitude, and scale dB.");

@@ -51,10 +51,11 @@ std::string_view forward(int device, Address stream, int dtype, int adapter_dtyp
                          std::int64_t pitch_x, Address w, std::int64_t pitch_w, bool by_out,
                          Address a, Address b, float scale, std::int64_t pitch_z, Address seed,
                          std::uint32_t threshold, Address workspace, Address counters, Address bias,
-                         Address y, Address z) {
+                         Address columns, Address y, Address z) {
   lora::Forward params{problem(dtype, adapter_dtype, m, n, k, r, x, pitch_x, w, pitch_w, by_out, a,
                                b, scale, pitch_z, seed, threshold, workspace, counters)};
   params.bias = pointer<const void>(bias);
+  params.columns = pointer<const float>(columns);
   params.y = pointer<void>(y);
   params.z = pointer<void>(z);
   return lora::forward(params, {device, 1, pointer<void>(stream)});

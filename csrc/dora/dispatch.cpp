@@ -62,6 +62,15 @@ std::string_view scale(const Scale& params, const Placement& place) {
   return params.by_row ? "dora_scale_rows" : "dora_scale_columns";
 }
 
+void factors(std::int64_t n, const Columns& c, float* out, const Placement& place) {
+  constexpr std::string_view kOp = "dora_factors";
+  check_sizes(kOp, 1, n);
+  check_columns(kOp, c);
+  check_pointer(kOp, "out", out);
+  const DeviceGuard guard(place.device);
+  launch_factors(n, c, out, place.stream);
+}
+
 std::int64_t slices(int device, std::int64_t m, std::int64_t n) {
   // Of 32 rows or more, so many that each SM has the four blocks that fit.
   const std::int64_t wanted = 4 * cuda_device(device).sm_count / ceil_div(n, kTileColumns);
@@ -94,14 +103,15 @@ std::string_view finish(const Finish& params, const Placement& place) {
 std::vector<VariantInfo> variants(std::string_view op) {
   const bool linear = op == "dora_linear" || op == "dora_linear_backward";
   if (!linear && op != "dora_norms") return {};
-  const std::string_view name = linear ? "dora_linear_weight" : "dora_norms_mma";
 #ifdef PYFAST_CUDA
   const std::string reason = missing_cuda(80);
 #else
   const std::string reason = "this build has no CUDA kernels";
 #endif
-  if (!linear) return {{name, true, reason}};
-  return {{name, true, reason}, {"dora_linear_columns", true, reason}};
+  if (!linear) return {{"dora_norms_mma", true, reason}};
+  const bool forward = op == "dora_linear";
+  return {{forward ? "dora_linear_epilogue" : "dora_linear_weight", true, reason},
+          {"dora_linear_columns", true, reason}};
 }
 
 }  // namespace pyfast::dora

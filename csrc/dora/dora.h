@@ -58,6 +58,9 @@ struct Scale {
 };
 std::string_view scale(const Scale& params, const Placement& place);
 
+// What they multiply by, float32 [N].
+void factors(std::int64_t n, const Columns& c, float* out, const Placement& place);
+
 // Parts of the sums of dy y over rows, [slices(device, M, N), N].
 std::int64_t slices(int device, std::int64_t m, std::int64_t n);
 struct Sums {

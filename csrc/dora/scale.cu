@@ -107,6 +107,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    factors_kernel(std::int64_t n, const Columns c, float* out) {
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at < n) out[at] = factor(c, at);
+}
+
 struct SumsArgs {
   const void* dy;
   const void* y;
@@ -234,6 +240,12 @@ void launch_scale(const Scale& params, void* stream) {
     const dim3 grid(static_cast<unsigned>(b.blocks) + blocks_for(width, 32), slices);
     scale_columns_kernel<<<grid, kThreads, 0, on>>>(matrix, params.rows, params.c, b);
   }
+  CUDA_CHECK("dora_linear", cudaGetLastError());
+}
+
+void launch_factors(std::int64_t n, const Columns& c, float* out, void* stream) {
+  factors_kernel<<<blocks_for(n, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(n, c,
+                                                                                              out);
   CUDA_CHECK("dora_linear", cudaGetLastError());
 }
 

@@ -214,12 +214,15 @@ std::string_view forward(const Forward& params, const Placement& place) {
     if (params.seed != nullptr) add_dropout(params, &z);
     by_rank({z, order}, params.r, sm_count, place.stream);
   }
+  PYFAST_CHECK(params.w != nullptr || params.columns == nullptr, kOp,
+               ": columns are scaled by the GEMM alone");
   if (params.w == nullptr) return {};
 
   gemm.x = params.x, gemm.pitch_x = params.pitch_x;
   gemm.z = params.z;
   gemm.b = b.data, gemm.pitch_b = b.pitch;
   gemm.bias = params.bias;
+  gemm.columns = params.columns;
   gemm.y = params.y;
   return launch_product(gemm, making, place);
 }

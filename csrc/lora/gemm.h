@@ -50,9 +50,10 @@ struct Pair {
 };
 inline constexpr int kMorePairs = 2, kPairStep = 64;
 
-// y[M, N] = x[M, K] W^T + z[M, R] B^T + bias[N], all of one 2-byte type, sums in float32. W and B
-// are stored by out feature ([N, K], [N, R]) or by in feature ([K, N], [R, N]), both the same way.
-// Pitches in elements, multiples of 8; pointers on 16 bytes. R = 0 leaves z and B out.
+// y[M, N] = c (x[M, K] W^T + z[M, R] B^T) + bias[N] with a factor c for each column, all else of
+// one 2-byte type, sums in float32. W and B are stored by out feature ([N, K], [N, R]) or by in
+// feature ([K, N], [R, N]), both the same way. Pitches in elements, multiples of 8; pointers on 16
+// bytes. R = 0 leaves z and B out.
 struct GemmArgs {
   DType dtype = DType::bf16;
   bool by_out = true;
@@ -61,6 +62,7 @@ struct GemmArgs {
   void* z = nullptr;
   const void* b = nullptr;
   const void* bias = nullptr;
+  const float* columns = nullptr;  // c [N]; null: 1
   void* y = nullptr;
   std::int64_t pitch_x = 0, pitch_w = 0, pitch_z = 0, pitch_b = 0, pitch_y = 0;
   int m = 0, n = 0, k = 0, r = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[M, N] = [x | z] [W | B]^T + bias by cp.async and mma.sync, for GPUs without wgmma and TMA.
+// y[M, N] = c [x | z] [W | B]^T + bias by cp.async and mma.sync, for GPUs without wgmma and TMA.
 //
 // A block has a tile of y, a warp 64 x 64 of it. The contraction walks over the K of each pair of x
 // and W, then over the R of z and B, in steps of kTileK that go through a ring of stages; what lies
@@ -39,6 +39,7 @@ struct Params {
   int last_k;  // of the last step
   int m, n;
   const void* bias;
+  const float* columns;  // c
   char* y;
   std::int64_t pitch_y;
   int tiles_m, tiles_n, rows_at_once;  // so many rows of tiles go along N together
@@ -204,12 +205,14 @@ __device__ __forceinline__ void store(const float (&sums)[kWarpTile / 16][kWarpT
                                       const Params& params, int row, int col) {
   const int lane = threadIdx.x % 32;
   const T* bias = static_cast<const T*>(params.bias);
-  float shift[kWarpTile / 8][2] = {};
-  if (bias != nullptr) {
+  float shift[kWarpTile / 8][2], factor[kWarpTile / 8][2];
 #pragma unroll
-    for (int j = 0; j < kWarpTile / 8; ++j) {
-      const int at = min(col + j * 8, params.n - 8) + lane % 4 * 2;
-      shift[j][0] = widen(bias[at]), shift[j][1] = widen(bias[at + 1]);
+  for (int j = 0; j < kWarpTile / 8; ++j) {
+    const int at = min(col + j * 8, params.n - 8) + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      shift[j][i] = bias != nullptr ? widen(bias[at + i]) : 0.0F;
+      factor[j][i] = params.columns != nullptr ? params.columns[at + i] : 1.0F;
     }
   }
   row += lane / 4, col += lane % 4 * 8;
@@ -223,7 +226,8 @@ __device__ __forceinline__ void store(const float (&sums)[kWarpTile / 16][kWarpT
       for (int j = 0; j < 4; ++j) {
         const int tile = half * 4 + j;
         const float (&four)[4] = sums[i / 2][tile];
-        narrow_pair(four[i % 2 * 2] + shift[tile][0], four[i % 2 * 2 + 1] + shift[tile][1],
+        narrow_pair(fmaf(four[i % 2 * 2], factor[tile][0], shift[tile][0]),
+                    fmaf(four[i % 2 * 2 + 1], factor[tile][1], shift[tile][1]),
                     reinterpret_cast<T*>(&words[j]));
       }
       transpose_in_quad(words);
@@ -319,6 +323,7 @@ void launch(const GemmArgs& args, int rows_at_once, cudaStream_t stream) {
   params.last_pair = count - 1;
   params.m = args.m, params.n = args.n;
   params.bias = args.bias;
+  params.columns = args.columns;
   params.y = static_cast<char*>(args.y);
   params.pitch_y = args.pitch_y / 8;
   params.tiles_m = (args.m + S::kM - 1) / S::kM;

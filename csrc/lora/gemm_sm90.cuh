@@ -89,7 +89,13 @@ struct GemmSm90 {
   static constexpr int kBytesMore =
       making_bytes(kMakingRank) + (kKind == Kind::kMaking16InDx ? 2 * kMaskTileBytes : 16);
 
-  using Fusion = cutlass::epilogue::fusion::LinCombPerColBias<Element, float, Element, void>;
+  // y = c sums + bias; without a pointer c is 1 and the bias 0.
+  template <class T>
+  using OfColumn = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, T, float>;
+  using Fusion = cutlass::epilogue::fusion::Sm90EVT<
+      cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float,
+                                             cutlass::FloatRoundStyle::round_to_nearest>,
+      OfColumn<float>, cutlass::epilogue::fusion::Sm90AccFetch, OfColumn<Element>>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, EpilogueTile, float,
       float, void, Row, kAlign, Element, Row, kAlign, EpilogueSchedule, Fusion>::CollectiveOp;
@@ -156,8 +162,8 @@ struct GemmSm90 {
       arguments.mainloop.rows_at_once = side_part_rows(plan);
       arguments.mainloop.pitch_z = args.pitch_z;
     }
-    arguments.epilogue.thread.alpha = 1.0F;
-    arguments.epilogue.thread.bias_ptr = static_cast<const Element*>(args.bias);
+    arguments.epilogue.thread = {
+        {args.columns, 1.0F}, {}, {static_cast<const Element*>(args.bias), Element(0)}, {}};
     arguments.epilogue.ptr_D = static_cast<Element*>(args.y);
     arguments.epilogue.dD = StrideY{args.pitch_y, cute::Int<1>{}, std::int64_t{0}};
     arguments.hw_info.sm_count = sm_count;

@@ -40,8 +40,9 @@ struct Problem {
 
 struct Forward : Problem {
   const void* bias = nullptr;
-  void* y = nullptr;  // [M, N]
-  void* z = nullptr;  // [M, pitch_z]
+  const float* columns = nullptr;  // factors of y's columns, not of the bias; needs w
+  void* y = nullptr;               // [M, N]
+  void* z = nullptr;               // [M, pitch_z]
 };
 
 struct Backward : Problem {

@@ -134,6 +134,7 @@ std::string_view launch_product(const GemmArgs& args, const MakingPlan& making,
     }
     rest.y = advance(args.y, first.n, args.dtype);
     if (args.bias != nullptr) rest.bias = advance(args.bias, first.n, args.dtype);
+    if (args.columns != nullptr) rest.columns = args.columns + first.n;
     launch_gemm(rest, plan, sm_count, true, place.stream);
   }
   return kGemmNames[making.gemm.kernel];

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of the CUDA kernels behind `dora_linear`; csrc/dora/dora.h says what they compute.
 
-Each direction scales by c what is smaller: W, for the products of `lora_linear` with c W and c B, or y and
-dy. In units of N bfloat16, scaling W reads and writes 2 K, scaling y 2 M, and dy, which is read for dm in
-either case, another M. W is never scaled to be kept.
+The GEMM of `lora_linear` multiplies y by c as it stores it. Where that is torch's, or there are few rows of
+an NF4 weight, y is scaled after. The backward scales what is smaller, W (for `lora_linear_backward` with c W
+and c B) or dy. In units of N bfloat16, scaling W reads and writes 2 K, and scaling dy, which is read for dm
+in either case, another M. W is never scaled to be kept.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from pyfast import _extension
-from pyfast.ops import _library
+from pyfast.ops import _library, _lora_launch
 from pyfast.ops._lora_launch import copied, in_place, missing, stored
 from pyfast.ops._scratch import raw_stream
 from pyfast.ops.nf4 import dequantize_into
 
-FORWARD, BACKWARD = 1.0, 2.0
-"""From so many times K on, rows of x are more than scaling W is worth."""
+BACKWARD = 2
+"""From so many times K on, rows of dy are more than scaling W is worth."""
 
 BUILT = not _extension.missing_cuda()
 
@@ -120,6 +121,12 @@ class _Columns(NamedTuple):
         )  # fmt: skip
         return out, scaled_b
 
+    def factors(self) -> Tensor:
+        """c, float32."""
+        out = torch.empty_like(self.norms)
+        _extension.C.dora_factors(*self._where(), len(out), *self._args(), out.data_ptr())
+        return out
+
     def scale_columns(self, of: Tensor, pitch: int, out: Tensor) -> None:
         """out [..., N] = c times rows of that pitch."""
         n = out.shape[-1]
@@ -152,8 +159,7 @@ class _Columns(NamedTuple):
         return grad_m
 
 
-def _name(by_weight: bool) -> str:
-    return "dora_linear_weight" if by_weight else "dora_linear_columns"
+_forward_plan = _library.planned(_lora_launch.plan)
 
 
 def forward(
@@ -164,14 +170,15 @@ def forward(
     n, k = b.shape[0], x.shape[-1]
     m = x.numel() // k
     columns, nf4 = _Columns.of(x, magnitude, norms), Nf4(*quantized)
-    by_weight = m > FORWARD * k
-    if by_weight:
-        weight, b = columns.scaled_weight(weight, b, k, x.dtype, nf4)
-        nf4 = DENSE
-    y, z = _library.OPS["lora_linear"].call(x, weight, None, a, b, scale, 0.0, None, *nf4)
-    if m and not by_weight:
+    plan = _forward_plan(x, weight, a, b, nf4.absmax, nf4.blocksize)
+    factors = columns.factors() if plan.gemm else None
+    y, z = _lora_launch.forward(
+        plan, x, weight, None, a, b, scale, 0.0, None, *nf4, columns=factors
+    )
+    if m and factors is None:
         columns.scale_columns(y, n, y)
-    _library.record("dora_linear", _name(by_weight))
+    served = "dora_linear_columns" if factors is None else "dora_linear_epilogue"
+    _library.record("dora_linear", served)
     return y, z
 
 
@@ -187,7 +194,7 @@ def backward(
     columns = _Columns.of(x, magnitude, norms)
     nf4 = Nf4(absmax, nested_absmax, offset, blocksize)
     through = want_x or want_a or want_b
-    by_weight = through and m > BACKWARD * k
+    by_weight = through and m >= BACKWARD * k
     parts = scaled = None
     if m:
         fits, pitch = in_place(grad_y, n)
@@ -211,5 +218,6 @@ def backward(
     grad_m = magnitude.new_zeros(n if want_m else 0)
     if parts is not None or (by_weight and want_b):
         grad_m = columns.finish(m, parts, grad_b if by_weight and want_b else None)
-    _library.record("dora_linear_backward", _name(by_weight))
+    served = "dora_linear_weight" if by_weight else "dora_linear_columns"
+    _library.record("dora_linear_backward", served)
     return grad_x, grad_a, grad_b, grad_m

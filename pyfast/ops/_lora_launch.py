@@ -272,9 +272,9 @@ def _problem(
 def forward(
     plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
-    offset: Tensor | None, blocksize: int,
+    offset: Tensor | None, blocksize: int, columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and z, see `ops.lora_linear`."""
+    """y and z, see `ops.lora_linear`; y's columns times float32 `columns`, for a plan with a GEMM of ours."""
     _, _, m, n, _, r = plan.sizes
     shape = (*x.shape[:-1], n)
     z = x.new_empty(m, plan.pitch_z)
@@ -303,7 +303,7 @@ def forward(
                 *_problem(
                     plan, stream, space, x, w, None if given else a, b, scale, dropout, seed
                 ),
-                _extension.ptr(bias), y.data_ptr(), z.data_ptr(),
+                _extension.ptr(bias), _extension.ptr(columns), y.data_ptr(), z.data_ptr(),
             )  # fmt: skip
     _library.record("lora_linear", served or plan.beside)
     if not plan.gemm:

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 
-from pyfast import ops
+from pyfast import _extension, ops
 from pyfast.ops import _library
 from pyfast.testing import assert_accurate, seeded
 from tests.cases import packed
 
 pytestmark = pytest.mark.gpu
 
-# M, K, N: c scales y in both directions, W in the forward only, W in both.
-SHAPES = [(130, 1032, 520), (513, 136, 512), (700, 512, 264), (1100, 136, 1032), (1, 64, 64)]
+# M, K, N: in the backward c scales dy, except where M >= 2 K, where it scales W.
+SHAPES = [
+    (130, 1032, 520), (513, 136, 512), (700, 512, 264), (1100, 136, 1032), (1, 64, 64),
+    (1032, 520, 4104),
+]  # fmt: skip
 SCALE = 0.75
 
 
@@ -57,6 +61,31 @@ def plain(x, w, a, b, magnitude):
 def ours(x, w, a, b, magnitude):
     norms = ops.dora_norms(w, a, b, scale=SCALE)
     return ops.dora_linear(x, w, a, b, magnitude, norms, scale=SCALE)
+
+
+def served(m, k, n, by_out=True):
+    """The kernels of both directions: y is scaled as it is stored where its GEMM is ours."""
+    pitch = k if by_out else n
+    gemm, _ = _extension.C.lora_gemm_name(0, m, n, k, pitch, by_out, False)
+    return {
+        "dora_linear": f"dora_linear_{'epilogue' if gemm else 'columns'}",
+        "dora_linear_backward": f"dora_linear_{'weight' if m >= 2 * k else 'columns'}",
+    }
+
+
+def test_shapes_have_all_kernels():
+    found = [served(*shape) for shape in SHAPES]
+    for op in ("dora_linear", "dora_linear_backward"):
+        assert len({kernels[op] for kernels in found}) == 2
+
+
+@contextlib.contextmanager
+def sm80():
+    _extension.C.lora_force_sm(80)
+    try:
+        yield
+    finally:
+        _extension.C.lora_force_sm(0)
 
 
 def check(args, found, exact=None):
@@ -107,16 +136,12 @@ def test_norms_that_the_kernel_does_not_make():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rank", [1, 8, 16, 100])
 def test_is_as_near_to_float64_as_torch(shape, rank):
-    m, k, _ = shape
     for adapter, by_out in itertools.product((torch.float32, torch.bfloat16), (True, False)):
         args = operands(*shape, rank, adapter, by_out)
         with _library.recorded_kernels() as kernels:
             found = results(*args, ours)
         names = {op: kernel for op, kernel in kernels if op.startswith("dora_linear")}
-        assert names == {
-            "dora_linear": f"dora_linear_{'weight' if m > k else 'columns'}",
-            "dora_linear_backward": f"dora_linear_{'weight' if m > 2 * k else 'columns'}",
-        }
+        assert names == served(*shape, by_out)
         check(args, found)
         assert all(torch.equal(t, u) for t, u in zip(found, results(*args, ours), strict=True))
         assert found[0][:, 3].abs().max() < 1e-15  # the magnitude 0
@@ -222,7 +247,7 @@ def test_in_a_cuda_graph(shape):
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_compiled(changed):
-    args = operands(*SHAPES[2], 16)
+    args = operands(*SHAPES[-1], 16)
 
     def run(x, w, a, b, magnitude):
         y = ours(x, w, a, b, magnitude)
@@ -232,7 +257,7 @@ def test_compiled(changed):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     with _library.recorded_kernels() as kernels:
         found = results(*args, compiled)
-    assert ("dora_linear", "dora_linear_weight") in kernels
+    assert ("dora_linear", "dora_linear_epilogue") in kernels
     for got, expected in zip(found, results(*args, run), strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -243,7 +268,7 @@ def test_autocast_and_what_is_composed():
     with torch.autocast("cuda", torch.bfloat16), _library.recorded_kernels() as kernels:
         y = ours(*args)
     assert y.dtype is torch.bfloat16
-    assert ("dora_linear", "dora_linear_weight") in kernels
+    assert ("dora_linear", served(*SHAPES[2])["dora_linear"]) in kernels
     torch.testing.assert_close(y.double(), plain(*(t.double() for t in args)), atol=0.05, rtol=0.02)
     w.requires_grad_()
     for other, dtype in (
@@ -258,3 +283,16 @@ def test_autocast_and_what_is_composed():
 def test_slices_of_many_rows():
     args = operands(4100, 136, 4096, 8)
     check(args, results(*args, ours))
+
+
+@pytest.mark.parametrize("rank", [8, 33])
+@pytest.mark.parametrize("shape", [(1000, 520, 4104), (1100, 1032, 2056)], ids=str)
+def test_with_the_gemm_for_sm80(shape, rank):
+    for by_out in (True, False):
+        args = operands(*shape, rank, by_out=by_out)
+        with sm80(), _library.recorded_kernels() as kernels:
+            found = results(*args, ours)
+        names = dict(kernels)
+        assert names["dora_linear"] == "dora_linear_epilogue"
+        assert names["lora_linear"].startswith("gemm_sm80")
+        check(args, found)
