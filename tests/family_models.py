@@ -2,6 +2,7 @@
 """A tiny random model of every family and every variant of its layout, by name.
 
 A new family's variants are lines in `VARIANTS`; the tests of tests/families and tests/matrix pick them up.
+Where its modules are not called as Llama's, it has a line in tests/matrix/places.py too.
 """
 
 from __future__ import annotations
@@ -92,16 +93,23 @@ VARIANTS: dict[str, dict[str, object]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
-    "gemma": {"model_type": "gemma", **_GEMMA},
+    "gemma": {"model_type": "gemma", **_GEMMA, "num_key_value_heads": 4},
     "codegemma": {"model_type": "gemma", **_GEMMA, **_MQA, "head_dim": 32},
     "gemma2": {"model_type": "gemma2", **_GEMMA, "sliding_window": 8},
     "recurrent_gemma": {"model_type": "recurrent_gemma", **_GRIFFIN},
     "t5": {"model_type": "t5", **_T5},
-    "t5-gated": {"model_type": "t5", **_T5, "feed_forward_proj": "gated-gelu"},
+    "t5-gated": {
+        "model_type": "t5",
+        **_T5,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
     "qwen2": {"model_type": "qwen2", **_LLAMA},
     "qwen3": {"model_type": "qwen3", **_LLAMA, **_TIED, "head_dim": 16},
     "gemma3": {"model_type": "gemma3_text", **_GEMMA, "sliding_window": 8},
     "glm4": {"model_type": "glm4", **_LLAMA, "head_dim": 16},
+    "phi3": {"model_type": "phi3", **_LLAMA},
+    "phi3-mha": {"model_type": "phi3", **_LLAMA, "num_key_value_heads": 4, "sliding_window": 8},
 }
 """Name to the values of its transformers config."""
 
@@ -115,6 +123,8 @@ def variant(name, *, seed=0, **changes):
     if config.is_encoder_decoder:
         kind = transformers.AutoModelForSeq2SeqLM
     model = kind.from_config(config).eval()
+    if not getattr(config, "scale_decoder_outputs", True):  # T5 1.1, which transformers would tie
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.125)
     if hasattr(model.config, "num_local_experts"):  # grouped products do not serve float64
         model.set_experts_implementation("eager")
     for module in model.modules():  # biases are zero and norms flat in a new model

@@ -64,5 +64,10 @@ NOTES: Mapping[str, tuple[str, ...]] = {
     ),
     "Gemma 3 (text)": (_EMBEDDINGS, _BEFORE_NORMS),
     "GLM-4": (_GATE_UP, _NO_PEFT_DEFAULT),
+    "Phi-3/4": (
+        "Queries, keys and values are one linear.",
+        _GATE_UP,
+        _NO_PEFT_DEFAULT,
+    ),
 }
 """Family's name to sentences."""

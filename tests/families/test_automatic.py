@@ -31,16 +31,6 @@ SPLIT = {
     "self_attn.v_proj": Role.V,
 }
 UNKNOWN = {
-    "phi3": (
-        SIZES,
-        ("qkv_proj",),
-        {
-            "self_attn.qkv_proj": Role.QKV,
-            "self_attn.o_proj": Role.ATTENTION_OUT,
-            "mlp.gate_up_proj": Role.GATE_UP,
-            "mlp.down_proj": Role.DOWN,
-        },
-    ),
     "phi": (
         SIZES,
         ("q_proj", "v_proj"),

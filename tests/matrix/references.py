@@ -1,48 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""References of methods that PEFT has not, or not as NeMo and the papers define them, on plain models."""
+"""References on plain models: PEFT's, and by NeMo's and the papers' formulas what PEFT has not."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from pyfast.families import Role, layers_of
+from tests.matrix.places import key_value_rows, matrix_of, modules_at, places_of
+from tests.models import plain
 
 VIRTUAL = 5
+
+# --- NF4 ----------------------------------------------------------------------------------------
+
+
+def quantised(model: Any) -> dict[str, tuple[Tensor, Any]]:
+    """What is in 4 bits, as bitsandbytes makes it, by the parameter's name: all linears but the output layer
+    and T5's `wo`, and experts. Flat: bitsandbytes 0.50 misreads blocks that cross rows on the CPU."""
+    chosen = {
+        f"{path}.weight": matrix_of(module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings()
+    }
+    chosen = {name: w for name, w in chosen.items() if not name.endswith(".wo.weight")}
+    chosen |= {name: w for name, w in model.named_parameters() if ".experts." in name}
+    return {
+        name: bnb.quantize_4bit(
+            weight.detach().flatten(), quant_type="nf4", blocksize=64, compress_statistics=True
+        )
+        for name, weight in chosen.items()
+    }
+
+
+def in_four_bits(model: nn.Module, chosen: Collection[str] | None = None) -> nn.Module:
+    """The dense model, with the values that bitsandbytes' 4-bit layers would have, in all or these."""
+    with torch.no_grad():
+        for name, (packed, state) in quantised(model).items():
+            if chosen is not None and name not in chosen:
+                continue
+            path, _, last = name.rpartition(".")
+            module: Any = model.get_submodule(path)
+            to = matrix_of(module) if last == "weight" else getattr(module, last)
+            to.copy_(bnb.dequantize_4bit(packed, state).view(to.shape))
+    return model
+
+
+# --- LoRA ---------------------------------------------------------------------------------------
+
+RANK: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
+EXPERTS = RANK | {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+
+
+def lora(base: Any) -> nn.Module:
+    """PEFT's, in all linears."""
+    options = dict(RANK)
+    if hasattr(base.config, "num_local_experts"):
+        # PEFT's "all-linear" takes the router and the experts' 3-D tensors too.
+        options["target_modules"] = EXPERTS["target_modules"]
+    transposed = any(isinstance(module, Conv1D) for module in base.modules())
+    return peft.get_peft_model(base, peft.LoraConfig(fan_in_fan_out=transposed, **options))
+
+
+def lora_of_experts(base: Any) -> nn.Module:
+    """PEFT's, in the linears of attention and in experts."""
+    return peft.get_peft_model(base, peft.LoraConfig(**EXPERTS))
+
 
 # --- IA3 ----------------------------------------------------------------------------------------
 
 
-def ia3(base: nn.Module) -> nn.Module:
-    """k, v and the input of the MLP's last projection, each times a vector of ones; that of experts as they
-    multiply act(gate) with up."""
+def ia3(base: Any) -> nn.Module:
+    """k, v and the input of the MLP's last projection, each times a vector of ones: PEFT's where these are
+    linears of their own, else written out."""
+    places = places_of(base)
+    if not places.fused and places.down:
+        down = [places.down]
+        targets = [places.keys, places.values, *down]
+        config = peft.IA3Config(target_modules=targets, feedforward_modules=down)
+        return peft.get_peft_model(base, config)
     base.requires_grad_(False)
-    for layer in layers_of(base):
-        for path, role in layer.roles().items():
-            module = layer.module.get_submodule(path)
-            if role is Role.DOWN:
-                width = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-                module.ia3_l = nn.Parameter(torch.ones(1, width))
-                module.register_forward_pre_hook(_scale_input)
-            elif role in (Role.K, Role.V):
-                module.ia3_l = nn.Parameter(torch.ones(module.weight.shape[0], 1))
-                module.register_forward_hook(_scale_output)
-            elif role is Role.QKV:
-                layout = layer.layout(role)
-                rows = torch.cat([layout.rows(Role.K), layout.rows(Role.V)]).sort().values
-                module.ia3_l = nn.Parameter(torch.ones(len(rows), 1))
-                module.register_forward_hook(_scaling_rows(rows))
-        for path, role in layer.family.experts.items():
-            if role is Role.DOWN:
-                experts = layer.module.get_submodule(path.rpartition(".")[0])
-                width = experts.down_proj.shape[-1]
-                experts.act_fn.ia3_l = nn.Parameter(torch.ones(1, width))
-                experts.act_fn.register_forward_hook(_scale_output)
+    for module in modules_at(base, places.down).values():
+        module.ia3_l = nn.Parameter(torch.ones(1, matrix_of(module).shape[1]))
+        module.register_forward_pre_hook(_scale_input)
+    if places.fused:
+        for module in modules_at(base, places.fused).values():
+            rows = key_value_rows(base.config, matrix_of(module).shape[0])
+            module.ia3_l = nn.Parameter(torch.ones(len(rows), 1))
+            module.register_forward_hook(_scaling_rows(rows))
+        return base
+    for module in modules_at(base, places.keys, places.values).values():
+        module.ia3_l = nn.Parameter(torch.ones(matrix_of(module).shape[0], 1))
+        module.register_forward_hook(_scale_output)
+    for experts in modules_at(base, "experts").values():  # they multiply act(gate) with up
+        experts.act_fn.ia3_l = nn.Parameter(torch.ones(1, experts.down_proj.shape[-1]))
+        experts.act_fn.register_forward_hook(_scale_output)
     return base
 
 
@@ -56,20 +118,22 @@ def _scale_output(module: Any, _: Any, output: Tensor) -> Tensor:
 
 def _scaling_rows(rows: Tensor) -> Any:
     def hook(module: Any, _: Any, output: Tensor) -> Tensor:
-        factors = torch.ones(output.shape[-1]).index_put((rows,), module.ia3_l.flatten())
-        return output * factors
+        factors = module.ia3_l.flatten()
+        return output * factors.new_ones(output.shape[-1]).index_put((rows,), factors)
 
     return hook
 
 
 def ia3_name(name: str) -> str:
     """Our name of a parameter of `ia3`."""
+    if name.endswith(".default"):
+        return plain(name)
     return name.replace(".act_fn.ia3_l", ".act_fn.ia3.ia3_l") + ".default"
 
 
-def ia3_of_file(base: nn.Module, directory: Path) -> nn.Module:
+def ia3_of_file(base: Any, directory: Path) -> nn.Module:
     """PEFT's model of what we saved; where the file has experts, which PEFT has no place for, `ia3`."""
-    if not any(layer.family.experts for layer in layers_of(base)):
+    if places_of(base).down:
         return peft.PeftModel.from_pretrained(base, directory)
     made = ia3(base)
     stored = load_file(directory / "adapter_model.safetensors")
@@ -85,32 +149,16 @@ def ia3_of_file(base: nn.Module, directory: Path) -> nn.Module:
 
 
 class Prompted(nn.Module):
-    """A model with PEFT's prompt encoder, written out; greedy answers come from whole forwards."""
+    """PEFT's model without what it returns for virtual tokens; greedy answers come from whole forwards."""
 
-    def __init__(self, base: Any, encoder: nn.Module | None = None) -> None:
+    def __init__(self, made: Any) -> None:
         super().__init__()
-        self.base, self.config = base.requires_grad_(False), base.config
-        config = peft.PromptEncoderConfig(
-            num_virtual_tokens=VIRTUAL,
-            token_dim=base.config.hidden_size,
-            num_transformer_submodules=1,
-            encoder_hidden_size=base.config.hidden_size,
-        )
-        made = peft.PromptEncoder(config) if encoder is None else encoder
-        self.prompt_encoder = nn.ModuleDict({"default": made})
+        self.peft, self.config = made, made.config
 
-    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """The base's output for virtual tokens and ids, logits for the ids alone."""
-        embeds = self.base.get_input_embeddings()(input_ids)
-        prompt = self.prompt_encoder["default"](torch.arange(VIRTUAL)).to(embeds.dtype)
-        rows = len(input_ids)
-        embeds = torch.cat([prompt.expand(rows, -1, -1), embeds], dim=1)
-        two = self.config.is_encoder_decoder
-        if not two and "labels" in inputs:
-            ignored = torch.full((rows, VIRTUAL + 1), -100)
-            inputs["labels"] = torch.cat([ignored, inputs["labels"][:, 1:]], dim=1)
-        output = self.base(inputs_embeds=embeds, **inputs)
-        if not two:
+    def forward(self, **inputs: Any) -> Any:
+        """PEFT's output, logits for the caller's tokens alone."""
+        output = self.peft(**inputs)
+        if not self.config.is_encoder_decoder:
             output.logits = output.logits[:, VIRTUAL:]
         return output
 
@@ -131,19 +179,20 @@ class Prompted(nn.Module):
         return made
 
 
-class _Table(nn.Module):
-    def __init__(self, embeddings: Tensor) -> None:
-        super().__init__()
-        self.embeddings = embeddings
+def prompted(base: Any) -> nn.Module:
+    """PEFT's, in front of the (encoder's) input."""
+    two = base.config.is_encoder_decoder
+    config = peft.PromptEncoderConfig(
+        task_type="SEQ_2_SEQ_LM" if two else "CAUSAL_LM",
+        num_virtual_tokens=VIRTUAL,
+        num_transformer_submodules=1,
+    )
+    return Prompted(peft.get_peft_model(base, config))
 
-    def forward(self, indices: Tensor) -> Tensor:
-        return self.embeddings[indices]
 
-
-def prompt_of_file(base: nn.Module, directory: Path) -> nn.Module:
-    """The model with the virtual tokens of a file as they stand there."""
-    stored = load_file(directory / "adapter_model.safetensors")
-    return Prompted(base, _Table(stored["prompt_embeddings"]))
+def prompt_of_file(base: Any, directory: Path) -> nn.Module:
+    """PEFT's, of what we saved."""
+    return Prompted(peft.PeftModel.from_pretrained(base, directory))
 
 
 # --- bottleneck adapters ------------------------------------------------------------------------
@@ -151,22 +200,19 @@ def prompt_of_file(base: nn.Module, directory: Path) -> nn.Module:
 SIZE = 8
 
 
-def bottleneck(base: nn.Module) -> nn.Module:
+def bottleneck(base: Any) -> nn.Module:
     """h + U silu(D LayerNorm(h)) behind every block, U of zeros: NeMo's canonical form."""
     base.requires_grad_(False)
-    for layer in layers_of(base):
-        for path in (*layer.mixers(), *layer.mlps()):
-            block = layer.module.get_submodule(path)
-            width = layer.config.hidden_size
-            made = {
-                "down": torch.zeros(SIZE, width),
-                "up": torch.zeros(width, SIZE),
-                "norm_weight": torch.ones(width),
-                "norm_bias": torch.zeros(width),
-            }
-            dtype = next(base.parameters()).dtype
-            block.reference = nn.ParameterDict({k: v.to(dtype) for k, v in made.items()})
-            block.register_forward_hook(_add_bottleneck)
+    width = base.config.hidden_size
+    for block in modules_at(base, *places_of(base).blocks).values():
+        made = {
+            "down": torch.zeros(SIZE, width),
+            "up": torch.zeros(width, SIZE),
+            "norm_weight": torch.ones(width),
+            "norm_bias": torch.zeros(width),
+        }
+        block.reference = nn.ParameterDict(made)
+        block.register_forward_hook(_add_bottleneck)
     return base
 
 
@@ -184,7 +230,7 @@ def bottleneck_name(name: str) -> str:
     return name.replace(".reference.", ".bottleneck.adapters.default.")
 
 
-def bottleneck_of_file(base: nn.Module, directory: Path) -> nn.Module:
+def bottleneck_of_file(base: Any, directory: Path) -> nn.Module:
     """`bottleneck` with the values of a file."""
     made = bottleneck(base)
     stored = load_file(directory / "adapter_model.safetensors")
