@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """pyfast: fine-tune transformer models at the speed of the frozen model."""
 
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+import sys as _sys
+from importlib import metadata as _metadata
+from pathlib import Path as _Path
+from typing import Any as _Any
 
 try:
     from pyfast import errors, nn, ops
@@ -16,7 +16,7 @@ try:
         load_adapter,
         save_adapter,
     )
-    from pyfast.integrations.registries import nf4_config
+    from pyfast.integrations.registries import nf4_config as _nf4_config
     from pyfast.methods import (
         BottleneckConfig,
         IA3Config,
@@ -39,17 +39,17 @@ try:
     )
 except KeyboardInterrupt:
     # The command line imports this package, and so torch, ahead of `main`, which says this afterwards.
-    starting = Path(sys.argv[0]).stem == "pyfast" or (
-        sys.argv[0] == "-m" and "pyfast" in sys.orig_argv
+    _starting = _Path(_sys.argv[0]).stem == "pyfast" or (
+        _sys.argv[0] == "-m" and "pyfast" in _sys.orig_argv
     )
-    if not starting or "--debug" in sys.orig_argv:
+    if not _starting or "--debug" in _sys.orig_argv:
         raise
-    sys.stderr.write("Interrupted.\n")
+    _sys.stderr.write("Interrupted.\n")
     raise SystemExit(130) from None
 
 try:
-    __version__ = version("pyfast")
-except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = _metadata.version("pyfast")
+except _metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
@@ -84,8 +84,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     """`NF4Config`, which is not there without transformers."""
     if name == "NF4Config":
-        return nf4_config()
+        return _nf4_config()
     raise AttributeError(f"module 'pyfast' has no attribute {name!r}")

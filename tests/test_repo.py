@@ -183,6 +183,15 @@ def test_the_one_exception_reads_tensors_only() -> None:
 # --- what is public is described, tested and measured -------------------------------------------
 
 
+def test_no_other_name_is_shown() -> None:
+    """Beside the modules inside of the package."""
+    shown = {name for name in dir(pyfast) if not name.startswith("_")} - set(pyfast.__all__)
+    others = {
+        name for name in shown if getattr(getattr(pyfast, name), "__name__", "") != f"pyfast.{name}"
+    }
+    assert not others
+
+
 @pytest.mark.parametrize("name", pyfast.__all__)
 def test_public_name_is_documented(name: str) -> None:
     value = getattr(pyfast, name)

@@ -26,6 +26,7 @@ from pyfast.cli.nemo import write_as_nemo, write_as_peft
 from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
 from pyfast.integrations.nemo_file import is_nemo, read_archive, read_nemo
 from pyfast.integrations.nemo_lora import NemoLora
+from pyfast.methods.base import adapted_modules
 from pyfast.nn import NF4Tensor
 from pyfast.train.checkpoint import honour_umask
 from pyfast.train.config import RunOptions
@@ -125,11 +126,11 @@ def merge(
     with _new_directory(output) as directory:
         base = _base(model, adapter)
         rounded = is_quantized(base)
-        network, tokenizer = load_dense(base, torch.float32)
-        if nf4 and not rounded:
-            pyfast.quantize(network, blocksize=blocksize, nested=nested)
+        quant = {"blocksize": blocksize, "nested": nested} if nf4 and not rounded else None
+        network, tokenizer = load_dense(base, torch.float32, quant)
         _load_adapter(network, adapter, rounded)
-        pyfast.merge(network, dtype=torch.float32)
+        _round_others(network, _DTYPES[dtype])
+        pyfast.merge(network, dtype=_DTYPES[dtype])
         pyfast.unload(network)
         _save_dense(network, tokenizer, directory, _DTYPES[dtype])
     say(
@@ -279,6 +280,15 @@ def _save_dense(network: Any, tokenizer: Any, directory: Path, dtype: torch.dtyp
     network.config.dtype = dtype
     network.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
+
+
+def _round_others(network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Bring what no adapter is merged into to its last dtype, so that NF4 layers can become dense in it, and
+    not in float32 first."""
+    merging = {p for module in adapted_modules(network).values() for p in module.parameters()}
+    for parameter in network.parameters():
+        if parameter.is_floating_point() and parameter not in merging:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _load_adapter(network: torch.nn.Module, adapter: str, rounded: bool = False) -> None:

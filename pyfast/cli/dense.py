@@ -35,8 +35,15 @@ def _quantization(source: str) -> dict[str, Any] | None:
         raise ConfigError(f"'{file}' cannot be read: {error}.") from error
 
 
-def load_dense(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_dense(
+    source: str, dtype: torch.dtype, nf4: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """A model with dense weights, and its tokenizer; 4-bit weights of a directory are dequantised.
+
+    Args:
+        source: From `model_source`.
+        dtype: Of its dense weights.
+        nf4: What `pyfast.quantize` would be given: a dense model's layers become NF4 as they are read.
 
     Raises:
         ConfigError: There is no such model, it is quantised in another form, or its weights are not
@@ -46,7 +53,7 @@ def load_dense(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     quantization = _quantization(source)
     if quantization is None:
-        network, tokenizer = load_pretrained(source, dtype, torch.device("cpu"))
+        network, tokenizer = load_pretrained(source, dtype, torch.device("cpu"), nf4)
         if getattr(network.config, "quantization_config", None) is not None:
             raise ConfigError(
                 f"'{source}' is quantised, and only a directory can be made dense. "

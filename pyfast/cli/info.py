@@ -11,6 +11,7 @@ import torch
 from pyfast import __version__, _extension
 from pyfast.cli.matrix import cells, table
 from pyfast.ops import OPS
+from pyfast.ops._serving import serving
 from pyfast.train.config import RunOptions
 from pyfast.train.default_data import PACKAGE as DATA_PACKAGE
 from pyfast.train.default_model import PACKAGE as MODEL_PACKAGE
@@ -18,11 +19,6 @@ from pyfast.train.metrics import say
 from pyfast.train.model import choose_place
 
 _LIBRARIES = ("transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf")
-_PARTS = {
-    "absmax": ("NF4 weights", "nf4_dequantize"),
-    "dropout": ("dropout", "dropout"),
-}
-"""Op argument: what it asks for, and the op whose kernels a composition computes that with."""
 
 
 def info(matrix: bool = False) -> None:
@@ -108,45 +104,9 @@ def _kernels() -> list[tuple[str, str]]:
     rows = []
     for op in OPS:
         for device in ("cpu", "cuda"):
-            lines = _serving(op, device)
+            lines = serving(op, device)
             forward = op.removesuffix("_backward")
-            if forward != op and forward in OPS and lines == _serving(forward, device):
+            if forward != op and forward in OPS and lines == serving(forward, device):
                 continue
             rows += [(f"{op} on {device}", lines[0]), *(("", line) for line in lines[1:])]
     return rows
-
-
-def _serving(op: str, device: str) -> list[str]:
-    """The first kernel that can run, then each that cannot and why; or what torch does in their place."""
-    if _extension.C is None:
-        return ["torch reference (the extension is missing)"]
-    if device.upper() in OPS[op].devices and _variants(op):
-        usable, reasons = _usable(op, device)
-        if not usable:
-            return [f"torch reference ({'; '.join(reasons) or 'not built'})"]
-        return [usable, *(f"not {name}: {reason}" for reason, name in reasons.items())]
-    arguments = {argument.name for argument in OPS[op].overload._schema.arguments}
-    found: list[str] = []
-    missing: dict[str, str] = {}
-    for argument, (what, part) in _PARTS.items():
-        if argument in arguments and part in OPS:
-            usable, reasons = _usable(part, device)
-            missing |= {} if usable else reasons
-            found += [f"{usable} for {what}"] if usable else []
-    without = f" ({'; '.join(missing)})" if missing else ""
-    return [f"torch composition{without}{', with ' if found else ''}{' and '.join(found)}"]
-
-
-def _usable(op: str, device: str) -> tuple[str, dict[str, str]]:
-    """The kernel of an op that serves on a kind of device, or "", and the others by their reasons."""
-    here = [variant for variant in _variants(op) if variant["device"] == device]
-    usable = [variant["name"] for variant in here if not variant["reason"]]
-    reasons = {variant["reason"]: variant["name"] for variant in here if variant["reason"]}
-    return (usable[0] if usable else ""), reasons
-
-
-def _variants(op: str) -> list[dict[str, str]]:
-    try:
-        return list(_extension.C.variants(op))
-    except ValueError:  # an op without kernels of its own
-        return []

@@ -23,6 +23,7 @@ from pyfast.integrations.bitsandbytes import (
     view_linear4bit,
 )
 from pyfast.methods.base import adapted_modules, unwrapped
+from pyfast.methods.of_peft import is_peft_layer
 from pyfast.methods.targets import kept_dense, output_layers
 from pyfast.nn import NF4Linear, NF4Tensor, SavedModule, weight_of
 from pyfast.nn.adapter_layer import has_hooks
@@ -30,6 +31,7 @@ from pyfast.nn.dora import dora_linear
 from pyfast.nn.experts import NF4Experts, expert_tensors, quantized_names, unserved_experts
 from pyfast.nn.group import GroupMember, Part, form_groups, part_of
 from pyfast.nn.weight import forward_replaced
+from pyfast.ops._serving import serving
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
 _VARIANTS = ("NoneType", "DoraLinearVariant")
@@ -64,6 +66,8 @@ class Report:
     """What `accelerate` did, module by module; print it for a summary."""
 
     rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What serves each op on its device, as `pyfast info` says it; or what to do first."""
 
     @property
     def served(self) -> list[Row]:
@@ -81,7 +85,7 @@ class Report:
         for (module, what), count in alike.items():
             first = next(r.path for r in self.rows if (r.module, r.what) == (module, what))
             lines.append(f"  {count:4d} x {module}: {what} (first: {first})")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -143,10 +147,27 @@ def accelerate(model: nn.Module) -> Report:
         if not isinstance(layer, SavedModule):
             inside.append(f"{path}.")
     report.rows = [r for r in report.rows if not any(r.path.startswith(p) for p in inside)]
-    report.rows.reverse()
+    places = {path: place for place, (path, _) in enumerate(model.named_modules())}
+    report.rows.sort(key=lambda row: places[row.path])
     form_groups(shared_inputs(model))
     report.rows = [_with_group(row, model.get_submodule(row.path)) for row in report.rows]
+    report.notes = _notes(model, report)
     return report
+
+
+def _notes(model: nn.Module, report: Report) -> list[str]:
+    """See `Report.notes`."""
+    if report.rows and not report.served and not any(map(is_peft_layer, model.modules())):
+        return [
+            "there is no adapter yet: call PEFT's get_peft_model or pyfast.apply first, or pyfast.quantize "
+            "for NF4 alone"
+        ]
+    found: dict[tuple[str, str], None] = {}
+    for row in report.served:
+        tensors = model.get_submodule(row.path).parameters()
+        device = next((tensor.device.type for tensor in tensors), "cpu")
+        found |= {(op, device): None for op in (row.op, _GROUP if row.group else row.op)}
+    return [f"pyfast.{op} on {device}: {serving(op, device)[0]}" for op, device in found]
 
 
 def _left_dense(model: nn.Module) -> Callable[[str], str]:
@@ -178,17 +199,17 @@ def _with_group(row: Row, module: nn.Module) -> Row:
 
 def _lora_reason(module: Any) -> str:
     """Why a PEFT LoRA layer cannot be served; empty if it can."""
-    base = module.get_base_layer()
+    base = module.base_layer
     if forward_replaced(module) or forward_replaced(base):
         return "its forward was replaced, as hooks that move weights between devices do"
+    if "base_layer" in base._modules:
+        return "its base layer carries adapters of another kind"
     if weight_of(base) is None:
         if hasattr(base, "compute_dtype") and hasattr(base.weight, "quant_state"):
             return unsupported_reason(base)
         return f"its base layer {type(base).__name__} is not a linear that pyfast knows"
     if type(module).__name__ not in ("Linear", "Linear4bit"):
         return f"PEFT's {type(module).__name__} has a forward of its own"
-    if any(module.lora_bias.values()):
-        return "it has a bias in lora_B"
     if module.lora_embedding_A:
         return "it adapts an embedding"
     return next(filter(None, (_part_reason(module, name) for name in module.lora_A)), "")
@@ -199,6 +220,8 @@ def _part_reason(layer: Any, name: str) -> str:
     variant = type(layer.lora_variant.get(name)).__name__
     if variant not in _VARIANTS:
         return f"it uses PEFT's {variant}"
+    if isinstance(layer.scaling[name], Tensor):
+        return "its scale is a tensor, as PEFT's compiled hot-swap needs it"
     norms = layer.lora_magnitude_vector
     if name in norms and has_hooks(norms[name]):
         return "its lora_magnitude_vector has hooks or a replaced forward"
@@ -209,6 +232,8 @@ def _part_reason(layer: Any, name: str) -> str:
             return f"its {container} is a {type(part).__name__}"
         if has_hooks(part):
             return f"its {container} has hooks or a replaced forward"
+        if part._parameters.get("bias") is not None:
+            return f"it has a bias in {container}"
     return ""
 
 
@@ -264,7 +289,7 @@ class _LoraForward(_Served, GroupMember):
     def frozen_layer(self) -> nn.Module:
         layer: Any = self
         base: nn.Module = layer._modules["base_layer"]  # PEFT's search for it takes 3 us
-        return layer.get_base_layer() if "base_layer" in base._modules else base
+        return base
 
     def lora_part(self) -> Part | None:
         name = self._one_adapter()
@@ -285,8 +310,9 @@ class _LoraForward(_Served, GroupMember):
         active = [name for name in layer.active_adapters if name in held]
         if layer.disable_adapters or layer.merged or len(active) != 1:
             return None
-        hooked = has_hooks(self.frozen_layer()) or _part_reason(layer, active[0])
-        return None if hooked or layer.lora_bias[active[0]] else active[0]
+        base = self.frozen_layer()
+        odd = "base_layer" in base._modules or has_hooks(base) or _part_reason(layer, active[0])
+        return None if odd else active[0]
 
     def _dropout(self, name: str) -> tuple[float, bool]:
         """Its probability, and whether it is on."""

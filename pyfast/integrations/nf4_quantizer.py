@@ -8,7 +8,6 @@ No layer is replaced before its weight comes: a dense checkpoint's is quantised 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,32 +18,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyfast.errors import ConfigError, QuantStateError, UnsupportedError
 from pyfast.integrations.bitsandbytes import METHOD
-from pyfast.methods.base import adopt, as_names, replace_modules
-from pyfast.methods.quantize import check_finite, choose, nf4_linear_of, qualified_name
-from pyfast.methods.targets import named
-from pyfast.nn import NF4Linear, NF4Tensor, NF4Weight, weight_of
-from pyfast.nn.adapter_layer import dense_layer
-from pyfast.nn.experts import (
-    PREFIX,
-    expert_tensors,
-    make_dense,
-    put_experts,
-    quantize_experts,
-    unserved_experts,
+from pyfast.integrations.nf4_reading import (
+    Read,
+    ReadExperts,
+    converters,
+    for_saving,
+    reading_experts,
 )
-from pyfast.nn.nf4 import STATE_KEY, STORAGES, guard_states, unpack_state
+from pyfast.methods.base import adopt, as_names, replace_modules
+from pyfast.methods.quantize import check_finite, choose, nf4_linear_of
+from pyfast.methods.targets import named
+from pyfast.nn import NF4Linear, NF4Tensor, NF4Weight
+from pyfast.nn.adapter_layer import dense_layer
+from pyfast.nn.experts import expert_tensors, make_dense, put_experts, quantize_experts
+from pyfast.nn.nf4 import STORAGES, guard_states
 from pyfast.ops._check import BLOCKSIZES
 
 _BYTES = 0.52  # a weight's, nested scales included
-_COMPANIONS = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-    STATE_KEY,
-    "quant_state.bitsandbytes__fp4",
-)
-_EXPERTS = rf"\.{PREFIX}(\w+)\.weight"
 
 
 @register_quantization_config(METHOD)
@@ -129,14 +119,15 @@ class NF4Quantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse weights that are moved to another device for each forward."""
         places = kwargs.get("device_map")
-        values = {str(v) for v in places.values()} if isinstance(places, dict) else set()
-        if "disk" in values or ("cpu" in values and len(values) > 1):
+        values = {str(v) for v in places.values()} if isinstance(places, dict) else {str(places)}
+        if values & {"disk", "meta"} or ("cpu" in values and len(values) > 1):
             raise UnsupportedError(
-                "NF4 layers cannot be offloaded, but the device_map puts parts on the CPU or the disk; "
-                'choose a device that holds the model (device_map={"": 0}), or more of them'
+                "NF4 layers cannot be offloaded, but the device_map puts parts on the CPU, the disk or the "
+                'meta device; choose a device that holds the model (device_map={"": 0}), or more of them'
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        _refuse_sharding(model.config)
         config = self.quantization_config
         skipped = None if self.pre_quantized else config.skip_modules
         linears, experts = choose(model, config.blocksize, skipped)
@@ -167,21 +158,20 @@ class NF4Quantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """How the tensors of a 4-bit checkpoint come together."""
-        from transformers.core_model_loading import WeightConverter
+        return converters(self) if self.pre_quantized else []
 
-        if not self.pre_quantized:
-            return []
-        # Experts' first: a key goes to the first that matches it, and there to the first of its patterns.
-        operations: list[Any] = [_Read(self, _EXPERTS), _Read(self, "weight")]
-        return [
-            WeightConverter([*(f"{op.stem}.{name}" for name in _COMPANIONS), op.stem], target, [op])
-            for op, target in zip(operations, [r".\1", "weight"], strict=True)
-        ]
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The model's own, which stack experts that are stored one by one in NF4 too, and ours."""
+        if self.pre_quantized:
+            weight_conversions = reading_experts(self, weight_conversions)
+        base: Any = super()
+        made: list[Any] = base.update_weight_conversions(weight_conversions, *model)
+        return made
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
-        """None for what `_Read` gets, which casts what turns out to be dense."""
+        """None for what ours get, which cast what turns out to be dense."""
         for operation in getattr(converter, "operations", ()):
-            if isinstance(operation, _Read):
+            if isinstance(operation, (Read, ReadExperts)):
                 operation.dtype = dtype
                 return None
         return super().get_new_dtype(converter, param, dtype)
@@ -201,17 +191,12 @@ class NF4Quantizer(HfQuantizer):
             if bias is not None and not hasattr(bias, "_is_hf_initialized"):
                 bias.detach().zero_()  # the checkpoint has none
         self._made.clear()
-        used = getattr(model, "_weight_conversions", None) or ()
-        model._weight_conversions = [
-            conversion
-            for conversion in used
-            if not any(isinstance(op, _Read) for op in getattr(conversion, "operations", ()))
-        ]
+        model._weight_conversions = for_saving(getattr(model, "_weight_conversions", None) or ())
         guard_states(model)
         adopt(model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """What `model.dequantize()` does: every NF4 weight becomes a dense one of the same values."""
 
         def dense(module: nn.Module) -> nn.Module | None:
@@ -222,6 +207,8 @@ class NF4Quantizer(HfQuantizer):
         replace_modules(model, dense)
         for module in list(model.modules()):
             make_dense(module)
+        if isinstance(dtype, str):  # in the config, once the model was saved
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:
@@ -302,65 +289,12 @@ class _Quantize:
         return quantizer.attempt(full_layer_name, kwargs["missing_keys"], make)
 
 
-class _Read:
-    """What transformers calls with the tensors of one weight in a 4-bit checkpoint; a lone one is dense."""
-
-    def __init__(self, quantizer: NF4Quantizer, stem: str) -> None:
-        self.quantizer, self.stem = quantizer, stem
-        self.dtype: torch.dtype | None = None
-
-    def __deepcopy__(self, memo: Any) -> _Read:
-        return _Read(self.quantizer, self.stem)  # one for each weight, and one quantizer
-
-    def convert(
-        self, tensors: dict[str, Any], *, full_layer_name: str, model: nn.Module, **kwargs: Any
-    ) -> dict[str, Any]:
-        """A dense weight for transformers to set; nothing for an NF4 one, which is put in its place."""
-        parts = {key: v[0] if isinstance(v, list) else v for key, v in tensors.items()}
-        packed = parts.pop(self.stem, None)
-        parts = {key.removeprefix(f"{self.stem}."): part for key, part in parts.items()}
-        if self.stem == "weight" and not parts and packed.is_floating_point():
-            return {self.stem: packed if self.dtype is None else packed.to(self.dtype)}
-        path, _, name = full_layer_name.rpartition(".")
-
-        def make() -> None:
-            if packed is None:
-                raise QuantStateError(f"{full_layer_name}: its packed weight is missing")
-            weight, shape = unpack_state(packed, parts, module=full_layer_name)
-            self._put(model, path, name, weight, shape, packed.dtype)
-
-        return self.quantizer.attempt(full_layer_name, kwargs["missing_keys"], make)
-
-    def _put(
-        self,
-        model: nn.Module,
-        path: str,
-        name: str,
-        weight: NF4Weight,
-        shape: tuple[int, ...],
-        storage: torch.dtype,
-    ) -> None:
-        module = model.get_submodule(path)
-        if self.stem != "weight":
-            held = expert_tensors(module).get(name)
-            _check_shape(f"{path}.{name}", shape, None if held is None else tuple(held.shape))
-            reason = unserved_experts(module, {name: held}, weight.blocksize)  # type: ignore[dict-item]
-            if reason:
-                raise UnsupportedError(f"{path}.{name} cannot be NF4: {reason}")
-            self.quantizer.put_experts(module, name, NF4Tensor(weight, shape, storage))
-            return
-        dense = weight_of(module)
-        expected = None if dense is None else (dense.out_features, dense.in_features)
-        _check_shape(f"{path}.{name}", shape, expected)
-        layer = NF4Linear(replace(weight, bias=module.bias), storage)  # type: ignore[arg-type]
-        layer.replaced = qualified_name(type(module))
-        self.quantizer.put_linear(model, module, layer)
-
-
-def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> None:
-    if shape != expected:
-        there = "has no place for it" if expected is None else f"needs {list(expected)}"
-        raise QuantStateError(
-            f"{name}: the checkpoint holds an NF4 weight of shape {list(shape)}, the model {there}; "
-            "load the checkpoint with the config.json that was saved beside it"
+def _refuse_sharding(config: Any) -> None:
+    """transformers shards parameters over processes before it reads them."""
+    sizes = getattr(getattr(config, "distributed_config", None), "__dict__", {})
+    several = [f"{k}={n}" for k, n in sizes.items() if k.endswith("_size") and n not in (None, 1)]
+    if several:
+        raise UnsupportedError(
+            "NF4 weights cannot be sharded over processes, but the distributed_config has "
+            f"{', '.join(several)}; load the model whole in each process, without it and without tp_plan"
         )

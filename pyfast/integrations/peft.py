@@ -22,6 +22,7 @@ from pyfast.integrations.adapter_file import (
 )
 from pyfast.methods.apply import check_adapter_name, commit_plan, prepare
 from pyfast.methods.base import METHODS, adapted_modules, refuse_meta, unwrapped
+from pyfast.methods.of_peft import refuse_peft
 from pyfast.methods.state import adapter_parameters, known_adapter
 from pyfast.nn import AdapterLayer, NF4Tensor, NF4Weight, SavedModule, weight_of
 
@@ -30,8 +31,9 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     """PEFT's file keys to tensors (detached, not copied) of one adapter.
 
     Raises:
-        AdapterStateError: there is no such adapter.
+        AdapterStateError: there is no such adapter, or adapters are PEFT's.
     """
+    refuse_peft(model, "adapter_state_dict")
     model = unwrapped(model)
     method = METHODS[type(known_adapter(model, adapter_name))]
     with torch.no_grad():
@@ -53,11 +55,12 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         adapter_name: which adapter; the name is not part of the file.
 
     Raises:
-        AdapterStateError: there is no such adapter.
+        AdapterStateError: there is no such adapter, or adapters are PEFT's.
         EmbeddingNotSavedError: the vocabulary was resized and the embeddings are not in the adapter.
         NonFiniteError: the adapter holds NaN or infinity.
         UnsupportedError: it lies on the meta device.
     """
+    refuse_peft(model, "save_adapter")
     model = unwrapped(model)
     config = known_adapter(model, adapter_name)
     method = METHODS[type(config)]

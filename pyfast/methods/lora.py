@@ -94,7 +94,11 @@ class LoraConfig:
     inference_mode: bool = False
 
     def check(self) -> None:
-        """Raise ConfigError or UnsupportedError for values that cannot be served."""
+        """Raise ConfigError or UnsupportedError for values that cannot be served, or with which nothing could
+        be trained; `inference_mode`, which saved adapters have, allows the latter."""
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"LoraConfig: {name}={value!r} must be True or False")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(value := getattr(self, name), Mapping):
                 raise ConfigError(f"LoraConfig: {name}={value!r} must be a dict")
@@ -106,12 +110,14 @@ class LoraConfig:
                 )
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-            if not number or alpha == 0 or not abs(alpha) <= _MAX_ALPHA:
+            idle = alpha == 0 and not self.inference_mode
+            if not number or idle or not abs(alpha) <= _MAX_ALPHA:
                 raise ConfigError(
                     f"LoraConfig: {name}={alpha!r} must be a number other than 0 of at most {_MAX_ALPHA:g}"
                 )
         number = isinstance(self.lora_dropout, (int, float))
-        if not number or not 0.0 <= self.lora_dropout < 1.0:
+        idle = self.lora_dropout == 1.0 and not self.inference_mode
+        if not number or idle or not 0.0 <= self.lora_dropout <= 1.0:
             raise ConfigError(f"LoraConfig: lora_dropout={self.lora_dropout!r} must be in [0, 1)")
         init = self.init_lora_weights
         if init not in (True, False, "gaussian") and not is_pissa(init):
@@ -121,8 +127,6 @@ class LoraConfig:
             )
         if self.bias != "none":
             raise UnsupportedError(f"LoraConfig: bias={self.bias!r} is not served; use bias='none'")
-        if not isinstance(self.use_dora, bool):
-            raise ConfigError(f"LoraConfig: use_dora={self.use_dora!r} must be True or False")
 
     def ranks_and_scales(
         self, paths: list[str], *, allow_unmatched: bool = False
@@ -301,6 +305,12 @@ class LoraMethod(Method):
     name = "LoRA"
     config_type = LoraConfig
     peft_type = "LORA"
+
+    def completed(self, values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """A saved adapter has its values: how they began matters only where the base weights changed too."""
+        if values.get("inference_mode") and values.get("init_lora_weights") == "orthogonal":
+            values["init_lora_weights"] = True
+        return values
 
     def plan(
         self,

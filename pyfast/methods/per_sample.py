@@ -11,6 +11,7 @@ from torch import nn
 
 from pyfast.errors import AdapterStateError, ConfigError, UnsupportedError
 from pyfast.methods.base import adapted_modules, as_names, public_path, unwrapped
+from pyfast.methods.of_peft import refuse_peft
 from pyfast.methods.state import known_adapter, refuse_busy
 from pyfast.nn import SavedModule, Switchable
 from pyfast.nn.embedding import LoraEmbedding
@@ -32,18 +33,19 @@ def adapters_per_sample(model: nn.Module, names: Iterable[str]) -> Iterator[None
         names: one adapter for each sample, in order; "__base__" stands for none.
 
     Raises:
-        AdapterStateError: an unknown name; adapters are merged or disabled; or a block is around this one.
+        AdapterStateError: an unknown name; adapters are merged, disabled or PEFT's; or a block is around
+            this one.
         ConfigError: no names. In the block, when a model is called: other than one name for each sample.
         UnsupportedError: an adapter is of another kind: virtual tokens, or of experts.
     """
+    refuse_peft(model, "adapters_per_sample")
     wanted = as_names("adapters_per_sample: names", names)
     holders = adapted_modules(model)
     if not wanted:
         raise ConfigError("adapters_per_sample: names is empty; give one name for each sample")
     if not holders:
         raise AdapterStateError(
-            f"adapters_per_sample: {type(model).__name__} has no adapters of pyfast; a PeftModel takes "
-            "adapter_names=[...] where it is called"
+            f"adapters_per_sample: {type(model).__name__} has no adapters; apply or load one first"
         )
     for name in dict.fromkeys(wanted):
         if name != BASE:

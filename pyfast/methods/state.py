@@ -7,6 +7,7 @@ Every function checks first and changes afterwards: a call that raises leaves th
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,13 +22,17 @@ from pyfast.methods.base import (
     refuse_meta,
     replace_modules,
 )
+from pyfast.methods.of_peft import refuse_peft
 from pyfast.nn import (
     DENSE_DTYPES,
     AdapterLayer,
     Attachment,
     Mergeable,
+    NF4Tensor,
+    NF4Weight,
     SavedModule,
     Switchable,
+    weight_of,
 )
 
 
@@ -59,8 +64,9 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     """Choose the active adapters; their parameters become trainable, those of others frozen.
 
     Raises:
-        AdapterStateError: an unknown name, or adapters are merged.
+        AdapterStateError: an unknown name, adapters are merged, or they are PEFT's.
     """
+    refuse_peft(model, "set_adapter")
     wanted = list(dict.fromkeys(as_names("set_adapter: names", names)))
     for name in wanted:
         known_adapter(model, name)
@@ -83,8 +89,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Where it was the active one, the base serves until `set_adapter` chooses another.
 
     Raises:
-        AdapterStateError: an unknown name, or adapters are merged.
+        AdapterStateError: an unknown name, adapters are merged, or they are PEFT's.
     """
+    refuse_peft(model, "delete_adapter")
     known_adapter(model, name)
     refuse_busy(model, "delete_adapter")
     take_off(model, name)
@@ -122,6 +129,7 @@ def _take_out(model: nn.Module, holders: Mapping[str, Switchable]) -> None:
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
     """Adapter-file key (without the `base_model.model.` prefix) to parameter for one adapter."""
+    refuse_peft(model, "adapter_parameters")
     known_adapter(model, name)
     return tensors_of(model, name)
 
@@ -150,13 +158,15 @@ def merge(
         dtype: for NF4 layers, which then become dense.
 
     Raises:
-        AdapterStateError: nothing to merge, already merged, or an unknown name.
+        AdapterStateError: nothing to merge, already merged, an unknown name, or adapters of PEFT's.
         UnsupportedError: a weight lies on the meta device, or is made from others before each forward; or an
             adapter is none of weights (virtual tokens, bottlenecks).
         QuantizedMergeError: the scales of an NF4 layer cannot take IA3's factors, and no dtype is given.
-        ConfigError: a dtype that dense layers do not have.
+        ConfigError: a dtype that dense layers do not have, or NF4 layers would become dense ones of another
+            dtype than the rest of the model.
         NonFiniteError: an adapter or a merged weight holds NaN or infinity; the model is unchanged.
     """
+    refuse_peft(model, "merge")
     refuse_busy(model, "merge")
     if dtype is not None and dtype not in DENSE_DTYPES:
         raise ConfigError(
@@ -172,10 +182,11 @@ def merge(
                     f"adapter {name!r} has {bad} non-finite values in {key}; merging would spread them "
                     "to the base weights. The model is unchanged"
                 )
-    done: list[Mergeable] = []
+    layers, done = _to_merge(model, wanted, dtype), list[Mergeable]()
+    _check_dense_dtype(model, layers, wanted, dtype)
     try:
         with torch.no_grad():
-            for layer in _to_merge(model, wanted, dtype):
+            for layer in layers:
                 layer.merge(wanted, dtype)
                 done += layer.links()
     except BaseException:
@@ -216,12 +227,52 @@ def _to_merge(model: nn.Module, wanted: list[str], dtype: torch.dtype | None) ->
     return [layer for layer in found if layer not in inner]
 
 
+def _check_dense_dtype(
+    model: nn.Module, layers: list[Mergeable], wanted: list[str], dtype: torch.dtype | None
+) -> None:
+    """Raise ConfigError where NF4 layers would become dense ones that the rest of the model cannot feed."""
+    made: Counter[torch.dtype] = Counter()
+    for layer in layers:
+        weight = layer.base_weight if isinstance(layer, AdapterLayer) else None
+        if isinstance(weight, NF4Weight):
+            held = [at for at in layer.links() if not set(wanted).isdisjoint(at.adapter_names())]
+            if dtype or not all(isinstance(at, AdapterLayer) and at.packs for at in held):
+                made[dtype or weight.dtype] += 1
+    rest = _dtypes_beside_nf4(model) if made else []
+    for wrong, count in made.items():
+        if rest and wrong not in rest:
+            raise ConfigError(
+                f"merge: {count} NF4 layers would become dense in {wrong}, but the other parameters of "
+                f"{type(model).__name__} are in {rest[0]}, so that no forward could run; merge with "
+                f"dtype={rest[0]}, or call model.to({wrong}) first. The model is unchanged"
+            )
+
+
+def _dtypes_beside_nf4(model: nn.Module) -> list[torch.dtype]:
+    """Those of a model's floating-point parameters without adapters and the parts of NF4 layers."""
+    adapters = {
+        parameter
+        for module in adapted_modules(model).values()
+        for name in module.adapter_names()
+        for _, parameter in module.adapter_tensors(name)
+    }
+    found = [
+        parameter.dtype
+        for module in model.modules()
+        if not isinstance(module, NF4Tensor) and not isinstance(weight_of(module), NF4Weight)
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point() and parameter not in adapters
+    ]
+    return list(dict.fromkeys(found))
+
+
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: base weights come back bit for bit.
 
     Raises:
-        AdapterStateError: nothing is merged.
+        AdapterStateError: nothing is merged, or adapters are PEFT's.
     """
+    refuse_peft(model, "unmerge")
     _refuse_inside(model, "unmerge")
     layers = [m for m in adapted_modules(model).values() if isinstance(m, Mergeable) and m.merged]
     if not layers:
@@ -237,8 +288,10 @@ def unload(model: nn.Module) -> nn.Module:
     Modules trained whole stay at their active copy.
 
     Raises:
-        AdapterStateError: called inside an `adapters_disabled` or `adapters_per_sample` block.
+        AdapterStateError: called inside an `adapters_disabled` or `adapters_per_sample` block, or adapters
+            are PEFT's.
     """
+    refuse_peft(model, "unload")
     _refuse_inside(model, "unload")
     _take_out(model, adapted_modules(model))
     return model
@@ -250,7 +303,11 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
     Merged adapters are taken out for the block. Blocks may overlap, also in threads: adapters serve again
     when the last one is left. In a copy of the model that is made inside they serve at once.
+
+    Raises:
+        AdapterStateError: adapters are PEFT's.
     """
+    refuse_peft(model, "adapters_disabled")
     with contextlib.ExitStack() as stack:
         for module in adapted_modules(model).values():
             module.disable()

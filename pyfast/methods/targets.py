@@ -20,12 +20,12 @@ from pyfast.errors import (
 )
 from pyfast.families import automatic, family_of
 from pyfast.methods.base import as_names, check_model
+from pyfast.methods.of_peft import is_peft_layer
 from pyfast.nn import DENSE_DTYPES, AdapterLayer, SavedModule, Switchable, Weight, weight_of
 from pyfast.nn.expert_lora import NOT_LINEAR
 
 ALL_LINEAR = "all-linear"
 _PATTERN_SECONDS = 1.0
-_PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
 # Heads of transformers' classifiers, which have no output embedding (PEFT spares them by these names too).
 _CLASSIFIER_HEADS = ("score", "classifier")
 
@@ -82,7 +82,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         if any(path.startswith(prefix) for prefix in inside):
             continue
-        if any(f"{c.__module__}.{c.__qualname__}" == _PEFT_LAYER for c in type(module).__mro__):
+        if is_peft_layer(module):
             raise AdapterStateError(
                 f"{path!r} carries an adapter of PEFT; serve it as it is with pyfast.accelerate(model), or "
                 "take PEFT's adapters off first. Nothing was changed"

@@ -27,6 +27,8 @@ class AdapterLayer(Mergeable):
     """
 
     containers: tuple[str, ...] = ()
+    packs = False
+    """Whether a merge may leave an NF4 weight in NF4: see `merge_packed`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

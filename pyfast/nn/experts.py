@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfast.errors import UnsupportedError
 from pyfast.nn.nf4 import NF4Tensor, nf4_of
 from pyfast.nn.weight import DENSE_DTYPES, DenseWeight, NF4Weight
 from pyfast.ops._check import NEST_BLOCK
@@ -113,10 +114,19 @@ def _first(module: Any) -> str:
 
 
 def expert_weight(module: Any, name: str, index: int) -> DenseWeight | NF4Weight:
-    """One expert's matrix [out, in] and its bias."""
+    """One expert's matrix [out, in] and its bias.
+
+    Raises:
+        UnsupportedError: its NF4 weights are on the meta device, where accelerate keeps what is offloaded.
+    """
     bias = getattr(module, f"{name}_bias")[index] if module.has_bias else None
     held = module._modules.get(PREFIX + name)
     if held is not None:
+        if held.weight.is_meta:
+            raise UnsupportedError(
+                f"the NF4 weights of {type(module).__name__} were offloaded by themselves and are not back "
+                f"when it runs; offload with preload_module_classes=[{type(module).__name__!r}]"
+            )
         return replace(_expert(held, index), bias=bias)
     tensor = getattr(module, name)[index]
     return DenseWeight(tensor.t() if module.is_transposed else tensor, bias)

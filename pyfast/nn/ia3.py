@@ -38,6 +38,7 @@ class IA3Linear(AdapterLayer):
     containers = ("ia3_l",)
     op = "adapter_scale"
     by_sample = True
+    packs = True
     rows: Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:

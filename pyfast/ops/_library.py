@@ -190,12 +190,20 @@ def below_autograd(overload: Any, *args: Any) -> Any:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of that name, for the calls that it matters to: its guards cost 4 us."""
+    """torch's decorator of that name, for the calls that it matters to: its guards cost 4 us.
+
+    torch's refuses a second derivative where an incoming gradient has one. Here that is also where two inputs
+    want gradients, for each of theirs depends on the other input.
+    """
     guarded = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
-    def choose(*args: Any) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(*args)
+    def choose(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        if sum(ctx.needs_input_grad) > 1:
+            grads = tuple([None if g is None else g.detach().requires_grad_() for g in grads])
+        return guarded(ctx, *grads)
 
     return choose
 

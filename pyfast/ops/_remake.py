@@ -28,7 +28,8 @@ def recipe(x: Tensor, norms: bool = False) -> Callable[[], Tensor] | None:
 
     Known are torch's `a * b` where both factors are kept, Liger's fused SwiGLU and GEGLU, and, if `norms`,
     its RMSNorm as Llama's; other norms keep too little to give the same bits. Nothing is made again under
-    saved-tensor hooks (checkpointing, offloading): they keep things in their own way.
+    saved-tensor hooks (checkpointing, offloading), those of now or of the product: they keep things in
+    their own way.
     """
     node = x.grad_fn
     if node is None or type(x) is not Tensor or x.numel() < LEAST or x._version:
@@ -39,11 +40,22 @@ def recipe(x: Tensor, norms: bool = False) -> Callable[[], Tensor] | None:
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return None
-    return make(node, x)
+    try:
+        return make(node, x)
+    except RuntimeError:  # a backward of its own has freed what it kept
+        return None
+
+
+def _hooked(*kept: Any) -> bool:
+    """Whether hooks keep one of a node's raw saved tensors: a hook may serve one reading alone. Where torch
+    does not tell, there are taken to be none."""
+    return any(getattr(each, "unpack_hook", None) is not None for each in kept)
 
 
 def _product(node: Any, x: Tensor) -> Callable[[], Tensor] | None:
     """Of torch's product: both factors are kept if both want a gradient."""
+    if _hooked(node._raw_saved_self, node._raw_saved_other):
+        return None
     for factor in (node._saved_self, node._saved_other):
         if factor is None or factor.shape != x.shape or factor.dtype is not x.dtype:
             return None
@@ -81,6 +93,8 @@ def _liger(*numbers: str) -> _Make:
     def make(node: Any, x: Tensor) -> Callable[[], Tensor] | None:
         if not node._forward_cls.__module__.startswith("liger_kernel."):
             return None
+        if _hooked(*node._raw_saved_tensors):
+            return None
         kept = node.saved_tensors
         known = len(kept) == 2 and all(hasattr(node, name) for name in numbers)
         fits = known and all(factor.numel() == x.numel() for factor in kept)
@@ -95,6 +109,8 @@ def _liger_norm(node: Any, x: Tensor) -> Callable[[], Tensor] | None:
     if not node._forward_cls.__module__.startswith("liger_kernel."):
         return None
     if [getattr(node, name, None) for name in names] != [0, 0.0, True]:
+        return None
+    if _hooked(*node._raw_saved_tensors):
         return None
     kept = node.saved_tensors
     if len(kept) != 3 or kept[0].numel() != x.numel() or kept[1].dtype is not x.dtype:

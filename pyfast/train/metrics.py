@@ -25,7 +25,7 @@ class Metrics:
         directory: The run's directory.
         total: Number of optimiser steps of the whole run.
         done: Steps already made; records of later steps, left by a killed run, are dropped.
-        log_every: Steps between lines where standard error is no terminal.
+        log_every: Steps between lines where standard output or error is no terminal.
     """
 
     def __init__(self, directory: Path, total: int, done: int, log_every: int) -> None:
@@ -65,7 +65,9 @@ class Metrics:
         shown = f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
-        if self._bar.disable and (step % self._log_every == 0 or step in (1, self._total)):
+        # Without a bar; or its terminal is not where the lines go (`pyfast finetune > log`).
+        lines = self._bar.disable or not sys.stdout.isatty()
+        if lines and (step % self._log_every == 0 or step in (1, self._total)):
             left = sum(self._seconds) / len(self._seconds) * (self._total - step)
             minutes, seconds = divmod(round(left), 60)
             say(f"step {step}/{self._total}: {shown}, {minutes}:{seconds:02d} left")

@@ -69,7 +69,37 @@ def test_parts_of_an_op_whose_kernels_are_for_another_device(
 def test_op_that_is_new_is_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     op = pyfast.ops.OPS["adapter_scale"]
     monkeypatch.setitem(pyfast.ops.OPS, "fresh", op)
-    assert kernels(run("info")[1])["fresh on cuda"] == "torch composition"
+    assert kernels(run("info")[1])["fresh on cpu"] == "torch composition"
+
+
+@pytest.mark.skipif(_extension.C is None, reason="the extension is not built")
+def test_without_cuda_kernels_all_ops_say_so_in_the_same_words(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_extension, "has_cuda", lambda: False)
+    rows = kernels(run("info")[1])
+    assert {row for name, row in rows.items() if name.endswith(" on cuda")} == {
+        "torch reference (this build has no CUDA kernels)"
+    }
+
+
+def test_ops_whose_kernels_are_listed_with_another_op(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the extension: what LoRA's kernels are built for serves groups and backwards."""
+    facts = {"cuda": "13", "cuda_architectures": [], "cutlass": "", "compiler": "", "build_type": "",
+             "cpu_isas": []}  # fmt: skip
+
+    def variants(op: str) -> list[dict[str, str]]:
+        if op != "lora_linear":
+            raise ValueError(op)
+        return [{"name": "lora_linear_sm90", "device": "cuda", "reason": ""}]
+
+    extension = SimpleNamespace(variants=variants, build_info=lambda: facts)
+    monkeypatch.setattr(_extension, "C", extension)
+    shown = kernels(run("info")[1])
+    assert shown["lora_group on cuda"] == shown["lora_linear on cuda"] == "lora_linear_sm90"
+    assert "lora_linear_backward on cuda" not in shown
 
 
 def test_without_the_extension_torch_serves_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

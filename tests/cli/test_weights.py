@@ -15,7 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import pyfast
 from tests.cli.conftest import SMALL, Run
+from tests.integrations.checkpoints import assert_equal_files, dense_counts
 from tests.models import gpt2, logits
 
 
@@ -70,6 +72,30 @@ def test_merge_into_nf4_rounded_weights(
     torch.testing.assert_close(logits(merged), expected, rtol=2e-2, atol=2e-2)
     unrounded = adapted_logits(base, adapter).float()
     assert (logits(merged) - unrounded).norm() > 3 * (logits(merged) - expected).norm()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_merge_into_nf4_reads_layer_by_layer(
+    run: Run,
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+) -> None:
+    """No dense weight of an earlier layer is there, and the bytes are those of the dense model's way."""
+    adapter = trained / "adapter"
+    oracle = pyfast.quantize(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    pyfast.unload(pyfast.merge(pyfast.load_adapter(oracle, adapter), dtype=torch.float32))
+    oracle.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]).save_pretrained(
+        tmp_path / "o"
+    )
+    counts = dense_counts(monkeypatch)
+    merge = ["merge", "--adapter", adapter, "--model", base, "--output", tmp_path / "m"]
+    assert run(*merge, "--nf4", "true", "--dtype", dtype)[0] == 0
+    assert counts == [1] * 14
+    assert_equal_files(tmp_path / "m", tmp_path / "o")
+    assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])

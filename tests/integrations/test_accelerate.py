@@ -15,6 +15,7 @@ from torch import nn
 
 import pyfast
 from pyfast.ops._library import recorded_kernels
+from pyfast.ops._serving import serving
 from tests.models import gpt2, llama, logits, randomise, token_ids, train, twin
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -116,7 +117,9 @@ def test_our_op_runs_and_names_stay():
         "     4 x PEFT Linear: pyfast.lora_group of gate_proj, up_proj (first: "
         f"{layer}.mlp.gate_proj)\n"
         "     1 x Linear: left alone: a dense linear without adapter: torch serves it best (first: "
-        "base_model.model.lm_head)"
+        "base_model.model.lm_head)\n"
+        f"  pyfast.lora_group on cpu: {serving('lora_group', 'cpu')[0]}\n"
+        f"  pyfast.lora_linear on cpu: {serving('lora_linear', 'cpu')[0]}"
     )
     assert str(pyfast.accelerate(model)) == str(report)
 

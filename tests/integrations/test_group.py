@@ -15,6 +15,7 @@ import pyfast
 from pyfast import LoraConfig, ops
 from pyfast.families import shared_inputs
 from pyfast.nn.group import GroupMember
+from pyfast.ops._serving import serving
 from pyfast.testing import assert_accurate, seeded
 from tests.models import gpt2, llama, logits, plain, randomise, token_ids, train
 
@@ -298,6 +299,7 @@ def test_the_report_names_the_groups(kind, dropout):
         f"4 x {kind}: {mlp}",
         f"4 x {kind}: pyfast.lora_linear",
         "1 x Linear: left alone: a dense linear without adapter: torch serves it best",
+        *(f"pyfast.{op} on cpu: {serving(op, 'cpu')[0]}" for op in ("lora_group", "lora_linear")),
     }
     assert str(pyfast.accelerate(model)) == str(report)
     layer = next(m for p, m in model.named_modules() if p.endswith("layers.1.self_attn.v_proj"))

@@ -182,7 +182,7 @@ VALUES = [
     (ConfigError, {"r": -1}, "must be an integer of at least 1"),
     (ConfigError, {"r": 10**12}, "must be an integer of at least 1 and at most 65536"),
     (AdapterMismatchError, {"r": 65536}, "has shape [2, 64], [65536, 64] is needed"),
-    (ConfigError, {"lora_alpha": 0}, "must be a number other than 0"),
+    (AdapterMismatchError, {"lora_alpha": 0}, "or the config was edited"),
     (ConfigError, {"lora_alpha": float("nan")}, "must be a number other than 0"),
     (ConfigError, {"lora_alpha": 1e30}, "must be a number other than 0"),
     (ConfigError, {"lora_alpha": 10**400}, "must be a number other than 0"),

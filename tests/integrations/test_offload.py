@@ -9,6 +9,8 @@ from torch import nn
 
 import pyfast
 from pyfast import LoraConfig
+from pyfast.errors import UnsupportedError
+from tests.family_models import variant
 from tests.models import llama, logits, randomise
 
 pytestmark = pytest.mark.filterwarnings(
@@ -103,3 +105,17 @@ def test_hooks_on_an_adapter_run():
     layer.lora_B["default"].register_forward_hook(lambda *args: seen.append(args[2].shape))
     assert torch.allclose(logits(model), expected, atol=1e-5)
     assert seen == [(2, 12, 128)]
+
+
+def test_nf4_experts_are_offloaded_with_the_module_that_reads_them(tmp_path):
+    model = pyfast.quantize(variant("mixtral"))
+    expected = logits(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match=r"preload_module_classes=\['MixtralExperts'\]"):
+        logits(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    together = {"preload_module_classes": ["MixtralExperts"]}
+    accelerate.disk_offload(model, str(tmp_path), torch.device("cpu"), **together)
+    assert {p.device.type for name, p in model.named_parameters() if "nf4_" in name} == {"meta"}
+    assert torch.allclose(logits(model), expected, atol=1e-5)

@@ -136,6 +136,24 @@ def test_sequence_classification(tmp_path):
     assert torch.allclose(logits(model), logits(theirs), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"init_lora_weights": "orthogonal"}, {"lora_dropout": 1.0}, {"lora_alpha": 0}],
+    ids=str,
+)
+def test_settings_that_matter_for_training_alone(options, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], **options)
+    theirs = randomise(get_peft_model(llama(), config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = pyfast.load_adapter(llama(), tmp_path / "theirs")
+    assert torch.allclose(logits(model), logits(theirs), atol=1e-6)
+    pyfast.save_adapter(model, tmp_path / "ours")
+    back = PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    assert torch.allclose(logits(back), logits(theirs), atol=1e-6)
+    pyfast.merge(model)
+    assert torch.allclose(logits(model), logits(theirs), atol=1e-5)
+
+
 UNSERVED = {
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},

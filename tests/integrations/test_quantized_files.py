@@ -21,6 +21,7 @@ from tests.family_models import variant
 from tests.integrations.checkpoints import (
     assert_equal_files,
     assert_equal_states,
+    assert_equal_tensors,
     four_bits,
     load,
     quantization,
@@ -166,6 +167,28 @@ def test_bitsandbytes_comes_in_and_goes_out(name, storage, nested, tmp_path):
     again = load(tmp_path / "ours")
     assert four_bits(again) == four_bits(theirs)
     assert_equal_states(again, theirs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "gpt2", "falcon-7b", "mixtral"])
+def test_shards(kind, tmp_path):
+    """Parts of one weight lie in several files; tied ones are in one."""
+    tied = {"tie_word_embeddings": True} if kind == "llama" else {}
+    model = pyfast.quantize(variant(kind, **tied))
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "ours", max_shard_size="3KB")
+    ours = reread(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "again", max_shard_size="3KB")
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    for directory in (tmp_path / "ours", tmp_path / "again"):
+        files = [load_file(file) for file in sorted(directory.glob("*.safetensors"))]
+        assert len(files) > 3
+        assert sum(map(len, files)) == len(expected)
+        assert_equal_tensors({key: t for file in files for key, t in file.items()}, expected)
+        halves = [k for f in files for k in f if k.endswith(".weight") and f"{k}.absmax" not in f]
+        assert any(f"{key}.absmax" in expected for key in halves)
+    assert_equal_states(ours, model)
+    heads = ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+    assert heads == bool(model.config.tie_word_embeddings)
 
 
 def test_half_states_and_bfloat16_around_them(tmp_path):

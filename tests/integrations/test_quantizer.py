@@ -11,6 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.distributed import DistributedConfig
 
 import pyfast
 from pyfast.cli.dense import load_dense
@@ -155,10 +157,35 @@ def test_settings(tmp_path):
         with pytest.raises(ConfigError):
             pyfast.NF4Config(**wrong)
     options = {"quantization_config": pyfast.NF4Config()}
-    with pytest.raises(UnsupportedError, match="NF4 layers cannot be offloaded"):
-        load(tmp_path, device_map={"model": "cpu", "lm_head": "disk"}, **options)
+    for places in ({"model": "cpu", "lm_head": "disk"}, {"model": 0, "lm_head": "cpu"}, "meta"):
+        with pytest.raises(UnsupportedError, match="NF4 layers cannot be offloaded"):
+            load(tmp_path, device_map=places, **options)
     with pytest.raises(UnsupportedError, match="is not quantised; only bitsandbytes' NF4 form"):
         pyfast.NF4Config.model_config(tmp_path)
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """One of them, whose messages go nowhere."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", ["tp_size", "fsdp_size", "pp_size"])
+@pytest.mark.parametrize("stored", ["dense", "nf4"])
+def test_parameters_that_are_sharded_over_processes(size, stored, two_processes, tmp_path):
+    model, options = llama(), {"distributed_config": DistributedConfig(**{size: 2})}
+    if stored == "dense":
+        model.save_pretrained(tmp_path)
+        options["quantization_config"] = pyfast.NF4Config()
+    else:
+        pyfast.quantize(model).save_pretrained(tmp_path)
+        options["config"] = pyfast.NF4Config.model_config(tmp_path)
+    with pytest.raises(UnsupportedError, match=rf"cannot be sharded over processes, .* {size}=2; "):
+        load(tmp_path, **options)
 
 
 def test_a_dense_checkpoint_that_says_it_is_ours(tmp_path):

@@ -176,6 +176,14 @@ CONFIGS = [
     (ConfigError, {"lora_dropout": "x"}, "lora_dropout='x' must be in [0, 1)"),
     (UnsupportedError, {"bias": "all"}, "bias='all' is not served; use bias='none'"),
     (ConfigError, {"use_dora": 1}, "use_dora=1 must be True or False"),
+    (ConfigError, {"use_rslora": "no"}, "use_rslora='no' must be True or False"),
+    (ConfigError, {"fan_in_fan_out": None}, "fan_in_fan_out=None must be True or False"),
+    (ConfigError, {"inference_mode": "no"}, "inference_mode='no' must be True or False"),
+    (
+        UnsupportedError,
+        {"init_lora_weights": "orthogonal"},
+        "init_lora_weights='orthogonal' is not",
+    ),
     (UnsupportedError, {"init_lora_weights": "olora"}, "init_lora_weights='olora' is not served"),
 ]
 

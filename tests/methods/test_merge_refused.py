@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyfast
-from pyfast import LoraConfig
-from pyfast.errors import AdapterStateError, UnsupportedError
+from pyfast import IA3Config, LoraConfig
+from pyfast.errors import AdapterStateError, ConfigError, UnsupportedError
 from tests.models import fingerprint, gpt2, llama, logits, randomise
 
 CONFIG = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -94,3 +94,52 @@ def test_float64_is_merged_in_float64():
     pyfast.merge(model)
     assert torch.allclose(layer.weight, exact, rtol=1e-14, atol=1e-15)
     assert torch.allclose(logits(model), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_nf4_layers_in_another_dtype_than_the_rest_of_the_model(dora):
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], use_dora=dora)
+    model = randomise(pyfast.apply(pyfast.quantize(llama()), config))
+    expected, before = logits(model), fingerprint(model)
+    with pytest.raises(ConfigError) as caught:
+        pyfast.merge(model, dtype=torch.bfloat16)
+    assert str(caught.value) == (
+        "[PF018] merge: 4 NF4 layers would become dense in torch.bfloat16, but the other parameters of "
+        "LlamaForCausalLM are in torch.float32, so that no forward could run; merge with "
+        "dtype=torch.float32, or call model.to(torch.bfloat16) first. The model is unchanged"
+    )
+    assert fingerprint(model) == before
+    assert torch.allclose(logits(pyfast.merge(model, dtype=model.dtype)), expected, atol=1e-4)
+    pyfast.merge(pyfast.unmerge(model).to(torch.bfloat16), dtype=torch.bfloat16)
+    assert torch.allclose(logits(model).float(), expected, atol=0.1)
+
+
+def test_the_dtype_that_nf4_layers_had_is_checked_too():
+    """Nobody asked for it, but it is as far from the rest of the model."""
+    model = randomise(pyfast.apply(pyfast.quantize(llama().bfloat16()), CONFIG))
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        module.float()
+    for layer in model.model.layers:
+        layer.input_layernorm.float(), layer.post_attention_layernorm.float()
+    expected = logits(model)
+    with pytest.raises(ConfigError, match=r"14 NF4 layers .* merge with dtype=torch\.float32"):
+        pyfast.merge(model)
+    assert torch.allclose(logits(pyfast.merge(model, dtype=torch.float32)), expected, atol=5e-3)
+
+
+def test_a_model_of_nf4_layers_alone_takes_any_dtype():
+    model = pyfast.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    pyfast.apply(model, CONFIG)
+    expected = [layer.base_weight.dense() + layer.delta("default") for layer in model]
+    pyfast.merge(model, dtype=torch.float16)
+    for layer, dense in zip(model, expected, strict=True):
+        assert torch.equal(layer.weight, dense.half())
+
+
+def test_ia3_in_the_scales_of_nf4_layers_makes_nothing_dense():
+    model = pyfast.quantize(llama().bfloat16(), nested=False)
+    pyfast.apply(model, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        module.float()
+    pyfast.merge(model)
+    assert isinstance(model.model.layers[0].self_attn.k_proj.base_layer, pyfast.nn.NF4Linear)

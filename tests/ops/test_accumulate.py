@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -102,14 +104,51 @@ def test_not_into_a_grad_of_another_kind():
 
 def test_a_model(device):
     model = nn.ModuleDict({"a": nn.Linear(16, 24), "b": nn.Linear(24, 16)}).to(device)
-    with pytest.raises(NoGradientError, match="ModuleDict has no LoRA linear"):
+    with pytest.raises(NoGradientError, match=r"ModuleDict has no LoRA linear .* pyfast\.apply\("):
         pyfast.accumulate_in_kernels(model)
     pyfast.apply(model, pyfast.LoraConfig(r=4, target_modules=["a", "b"]))
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p)
+    assert_adds_up(model, device)
+
+
+def test_a_model_of_peft(device, monkeypatch):
+    """Its factors are marked, and those that are marked are what the op is called with."""
+    base = nn.ModuleDict({"a": nn.Linear(16, 24), "b": nn.Linear(24, 16)})
+    config = peft.LoraConfig(r=4, target_modules=["a", "b"], init_lora_weights=False)
+    model = peft.PeftModel(base, config).to(device).base_model.model
+    with pytest.raises(
+        NoGradientError, match=r"or pyfast\.accelerate\(model\) where PEFT's is there"
+    ):
+        pyfast.accumulate_in_kernels(model)
+    pyfast.accelerate(model)
+    assert_adds_up(model, device)
+    given, call = [], pyfast.ops.lora._lora
+
+    def watched(*args):
+        given.extend(args[3:5])
+        return call(*args)
+
+    with maybe_warned(device):
+        pyfast.accumulate_in_kernels(model)
+    monkeypatch.setattr(pyfast.ops.lora, "_lora", watched)
+    model["b"](model["a"](torch.ones(5, 16, device=device)))
+    assert len(given) == 4
+    assert all(_accumulate.is_marked(factor) for factor in given)
+
+
+def maybe_warned(device):
+    """On a CPU no kernel adds, and the call says so."""
+    if device == "cuda":
+        return contextlib.nullcontext()
+    return pytest.warns(UserWarning, match=r"the 4 factors of ModuleDict are on cpu, where torch")
+
+
+def assert_adds_up(model, device):
     twin = copy.deepcopy(model)
-    assert pyfast.accumulate_in_kernels(model) == 4
+    with maybe_warned(device):
+        assert pyfast.accumulate_in_kernels(model) == 4
     for seed in (1, 2):
         for each in (model, twin):
             each["b"](

@@ -121,6 +121,13 @@ def test_what_cannot_be_made_again_is_kept():
     assert not kept(gate * up, w, leaves)
 
 
+def test_a_product_whose_graph_is_freed_is_kept():
+    leaves, w = inputs()
+    h = leaves[0] * leaves[1]
+    h.sum().backward()
+    assert torch.equal(down(h, w, *leaves[2:]), down(h.detach(), w, *leaves[2:]))
+
+
 def test_small_inputs_are_kept(monkeypatch):
     monkeypatch.setattr(_remake, "LEAST", 6 * K + 1)
     leaves, w = inputs()
@@ -135,6 +142,24 @@ def test_saved_tensor_hooks_get_the_input():
     assert y.grad_fn.saved_tensors[0] is not None
     for made, want in zip(torch.autograd.grad(y.sum(), leaves), expected, strict=True):
         assert torch.equal(made, want)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="torch tells of no hooks"
+)
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_hooks_of_the_product_alone(kind):
+    leaves, w = inputs()
+    expected = torch.autograd.grad(down(PRODUCTS[kind](*leaves[:2]), w, *leaves[2:]).sum(), leaves)
+    h = checkpoint(PRODUCTS[kind], *leaves[:2], use_reentrant=False)
+    made = torch.autograd.grad(down(h, w, *leaves[2:]).sum(), leaves)
+    for one, want in zip(made, expected, strict=True):
+        assert torch.equal(one, want)
+    unpacked = []
+    with graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
+        h = PRODUCTS[kind](*leaves[:2])
+    assert kept(h, w, leaves)
+    assert not unpacked
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
