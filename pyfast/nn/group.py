@@ -4,7 +4,8 @@
 The member that is called first computes all that can be computed with it and keeps the others' outputs;
 they return them when they are called with the same tensor in the same state. In any other case a member
 computes its own output as if there were no group, so that no model's forward has to know of it; so it does
-while outputs of another input wait, since calls that go from input to input would compute all members each.
+while outputs of another input wait, since calls that go from input to input would compute all members each;
+they wait until every member that they are of was called with another input.
 `disband_groups` lets every layer of a model compute its own.
 
 What a member does must follow from its arguments and the calls before it in the same checkpointed
@@ -13,6 +14,7 @@ region, since the region is run again: a group never learns from calls that went
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -70,14 +72,16 @@ class Part(NamedTuple):
 
     def state(self) -> State:
         """What changes if what the output depends on is changed or replaced."""
-        weight, a, b, bias = self.tensor, self.a, self.b, self.weight.bias
+        weight, a, b, bias, scales = self.tensor, self.a, self.b, self.weight.bias, self.scales()
         return (
             self.scale, self.drops,
             weight.data_ptr(), weight._version, weight.requires_grad,
             a.data_ptr(), a._version, a.requires_grad,
             b.data_ptr(), b._version, b.requires_grad,
             None if bias is None else (bias.data_ptr(), bias._version, bias.requires_grad),
-            *((part.data_ptr(), part._version) for part in self.scales() or () if part is not None),
+            None if scales is None else [
+                None if part is None else (part.data_ptr(), part._version) for part in scales
+            ],
         )  # fmt: skip
 
 
@@ -193,38 +197,48 @@ class InputGroup:
         if kept is not None:
             same = kept.input() is x and kept.state == now
             if not same and kept.awaited_beside(x):
+                kept.passed.add(name)
+                if kept.passed >= kept.outputs.keys():  # nobody came back to its input
+                    self._kept = None
                 return None
-            y, made_from = kept.outputs.pop(name, (None, None)) if same else (None, None)
+            found = kept.outputs.pop(name, None) if same else None
             if not same or not kept.outputs:
                 self._kept = None
-            if y is not None and mine is not None and mine.state() == made_from:
-                _taken(y)
-                return y
+            if found is not None and mine is not None and mine.state() == found.made_from:
+                return found.taken()
         if now is None or mine is None or mine.drops:
             return None
         parts = {n: p for n, p in self._together(member, mine).items() if not p.drops}
         if len(parts) < 2:
             return None
         self._kept = None  # its memory is free for what follows
-        ys = _compute(x, list(parts.values()))
-        outputs = {n: (y, p.state()) for (n, p), y in zip(parts.items(), ys, strict=True)}
-        mine_y, _ = outputs.pop(name)
-        node: Any = next((y.grad_fn for y in ys if y.grad_fn is not None), None)
+        outputs = dict(zip(parts, _compute(x, list(parts.values())), strict=True))
+        node = next((each.node for each in outputs.values() if each.node is not None), None)
         if node is not None:
             node.count = 0
-        _taken(mine_y)
+        own = outputs.pop(name)
         self._kept = _Kept(x, now, outputs, node)
-        return mine_y
+        _recent.add(self._kept)
+        return own.taken()
 
 
-def _taken(y: Tensor) -> None:
-    """Let the node of a group await the derivative of an output too; then only it frees what it saved."""
-    node: Any = y.grad_fn
-    if node is not None:
-        node.count += 1
+class _Output(NamedTuple):
+    """What a member's call returns."""
+
+    y: Tensor
+    node: Any
+    """The group's in the graph, which that of a cast may follow; None if y has no derivative."""
+    made_from: State
+    """That of the part."""
+
+    def taken(self) -> Tensor:
+        """Let the group's node await this derivative too before it frees what it saved."""
+        if self.node is not None:
+            self.node.count += 1
+        return self.y
 
 
-def _compute(x: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:
+def _compute(x: Tensor, parts: list[Part]) -> list[_Output]:
     weight, inner = parts[0].weight, x
     nf4: dict[str, Any] = {}
     if isinstance(weight, NF4Weight):
@@ -240,23 +254,30 @@ def _compute(x: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:
         **nf4,
     )
     restored = isinstance(weight, NF4Weight) and weight.compute_dtype is not None
-    return tuple(y.to(x.dtype) for y in ys) if restored else ys
+    return [
+        _Output(y.to(x.dtype) if restored else y, y.grad_fn, part.state())
+        for y, part in zip(ys, parts, strict=True)
+    ]
 
 
 def _state(x: Tensor) -> State | None:
     """What outputs depend on besides the members, and what must not change until they are taken; None where
-    nothing is kept: changes to x cannot be noticed, or hooks or a trace have to see each member's call."""
+    nothing is kept: changes to x cannot be noticed, or hooks, a trace or a transform of torch.func have to
+    see each member's call."""
     kind = x.device.type if type(x) in (Tensor, nn.Parameter) else ""
     if (
         kind not in ("cpu", "cuda")
         or x.is_inference()
         or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
         or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     ):
         return None
     return (
         x._version,
+        x.data_ptr(),  # `x.data = other` leaves the version
         x.requires_grad,
+        x.is_leaf,  # so does detach_
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),  # what is made there can have no gradient later
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
@@ -267,18 +288,19 @@ def _state(x: Tensor) -> State | None:
 
 
 class _Kept:
-    """Outputs that wait for their members, with the state of the part that each was made from: until a member
-    is called with another input or in another state, until the backward through them, or the end of x."""
+    """Outputs that wait for their members: until one is called in another state, or all with another input,
+    until the backward through them, the end of x, or the calls of two other groups."""
 
     def __init__(
         self,
         x: Tensor,
         state: State,
-        outputs: dict[str, tuple[Tensor, State]],
-        node: torch.autograd.graph.Node | None,
+        outputs: dict[str, _Output],
+        node: Any,
     ) -> None:
         self.state: State | None = state
         self.outputs = outputs
+        self.passed: set[str] = set()  # members that were called with another input meanwhile
         forget = partial(_forget, weakref.ref(self))
         self.input = weakref.ref(x, forget)
         if node is not None:
@@ -289,12 +311,35 @@ class _Kept:
         mine = self.input()
         return mine is not None and mine is not x and self.state == _state(mine)
 
+    def drop(self) -> None:
+        """Let nobody take what is left."""
+        self.outputs.clear()
+        self.state = None  # of a checkpointed region it holds the inputs
+
 
 def _forget(kept: weakref.ref[_Kept], *_: Any) -> None:
     found = kept()
     if found is not None:
-        found.outputs.clear()
-        found.state = None  # of a checkpointed region it holds the inputs
+        found.drop()
+
+
+_DEAD: weakref.ref[Any] = weakref.ref(set())
+
+
+class _Recent(threading.local):
+    """What a thread's groups kept last, weakly: of two groups at most outputs wait, so that two models may
+    take turns. Those of a forward that died between two members wait for nobody, and x, held by their own
+    graph, cannot end before they do."""
+
+    older = newer = _DEAD
+
+    def add(self, kept: _Kept) -> None:
+        """Drop the older one's for a new one's."""
+        _forget(self.older)
+        self.older, self.newer = self.newer, weakref.ref(kept)
+
+
+_recent = _Recent()
 
 
 def _can_be_part(member: GroupMember) -> bool:

@@ -62,10 +62,12 @@ def goes_into_grad(node: Any, place: int, parameter: Tensor) -> bool:
 def those_into_grad(
     node: Any, place: int, parameters: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> dict[int, Tensor]:
-    """Those of several, by their number, that `goes_into_grad` is true of; absent ones have no place."""
+    """Those of several, by their number, that `goes_into_grad` is true of; absent ones have no place, and of
+    one that is there twice torch adds the gradients up."""
+    ids = [id(parameter) for parameter in parameters]
     here = [i for i, parameter in enumerate(parameters) if parameter is not None]
     return {
         i: parameters[i]  # type: ignore[misc]
         for at, i in enumerate(here, place)
-        if wanted[i] and goes_into_grad(node, at, parameters[i])  # type: ignore[arg-type]
+        if wanted[i] and ids.count(ids[i]) == 1 and goes_into_grad(node, at, parameters[i])  # type: ignore[arg-type]
     }

@@ -282,18 +282,17 @@ class _LoraGroup(torch.autograd.Function):
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         dys, needs = grads[:MOST], ctx.needs_input_grad
         here = [dy is not None for dy in dys]
-        if not any(here):
+        done = set(itertools.compress(range(MOST), here))
+        if not done:
             return (None,) * len(needs)
-        if ctx.held is None:
+        if ctx.held is None or not done.isdisjoint(ctx.held.done):  # the error is torch's own
             saved = ctx.saved_tensors
-            if sum(here) < ctx.count:
-                ctx.held = Held(saved, versions(saved), set())
         else:
             saved = ctx.held.saved
             ctx.held.check()
-        if ctx.held is not None:
-            ctx.held.done.update(itertools.compress(range(MOST), here))
-            ctx.held = ctx.held if len(ctx.held.done) < ctx.count else None
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            done.update(ctx.held.done if ctx.held is not None else ())
+            ctx.held = Held(saved, versions(saved), done) if len(done) < ctx.count else None
         want_x, *rest = needs[1 : 2 + 4 * MOST]
         rest = [want and here[i % MOST] for i, want in enumerate(rest)]
         want_bias = rest[MOST : 2 * MOST]

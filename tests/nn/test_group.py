@@ -115,6 +115,10 @@ def in_place(trio, x):
         x.add_(1)
 
 
+def data(trio, x):
+    x.data = x.data + 1
+
+
 def factor(trio, x):
     with torch.no_grad():
         trio.k.lora_B["default"].weight.add_(1)
@@ -132,7 +136,7 @@ def scale(trio, x):
     trio.k.scaling["default"] = 3.0
 
 
-@pytest.mark.parametrize("change", [in_place, factor, another_weight, bias, scale])
+@pytest.mark.parametrize("change", [in_place, data, factor, another_weight, bias, scale])
 def test_a_change_between_two_members_is_seen(change):
     trio, x = Trio(), inputs(grad=False)
     with torch.no_grad():

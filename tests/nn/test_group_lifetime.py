@@ -10,15 +10,18 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from pyfast.nn.group import InputGroup, form_groups
+from pyfast.ops import _accumulate
+from pyfast.ops.lora_group import _LoraGroup
 from tests.nn.test_group import Trio, close, inputs, plain, served
 
 
 def waiting(trio):
     """The outputs that wait, weakly."""
     found = [] if trio.q.input_group._kept is None else trio.q.input_group._kept.outputs.values()
-    return [weakref.ref(y) for y, _ in found]
+    return [weakref.ref(y) for y, *_ in found]
 
 
 def test_what_is_never_taken_is_dropped():
@@ -77,6 +80,122 @@ def test_each_member_may_have_a_backward_of_its_own(first, frozen):
                 output.square().sum().backward()
                 into.extend(p.grad for p in [y, *trio.parameters()] if p.grad is not None)
             close(got, want)
+
+
+def test_a_second_backward_of_one_member_needs_the_graph_to_be_retained():
+    trio, x = Trio(), inputs()
+    got, want = [], []
+    for call, into in ((trio, got), (lambda *args: plain(trio, *args), want)):
+        trio.zero_grad()
+        x.grad = None
+        q, k, v = (y.sum() for y in call(x, "qkv"))  # a sum saves nothing that could be freed
+        q.backward(retain_graph=True)
+        q.backward()
+        k.backward()
+        for freed in (q, k):
+            with pytest.raises(RuntimeError, match="through the graph a second time"):
+                freed.backward(inputs=[x])
+        v.backward(retain_graph=True)
+        v.backward()
+        into.extend(p.grad.clone() for p in [x, *trio.parameters()] if p.grad is not None)
+    close(got, want)
+
+
+def test_a_derivative_of_an_input_that_was_detached_between_two_members():
+    trio, leaf = Trio(), inputs()
+    x = leaf * 2
+    trio.q(x)
+    x.detach_().requires_grad_()
+    trio.k(x).sum().backward()
+    (want,) = torch.autograd.grad(plain(trio, x, "k")[0].sum(), x)
+    torch.testing.assert_close(x.grad, want)
+    assert leaf.grad is None
+
+
+# --- forwards that die between two members ----------------------------------------------------------
+
+
+def abandoned(trio):
+    """Weakly the input of a forward that died after its first member, and what came before it."""
+    first = inputs()
+    x = torch.tanh(first)
+    trio.q(x)
+    return [weakref.ref(x), weakref.ref(first)]
+
+
+def alive(refs):
+    gc.collect()
+    return [ref() is not None for ref in refs]
+
+
+def test_an_abandoned_forward_ends_with_the_next_ones_first_groups():
+    layers = [Trio() for _ in range(3)]
+    refs = abandoned(layers[2])
+    assert all(alive(refs))
+    outputs = [layer(inputs(seed)) for seed, layer in enumerate(layers[:2])]
+    assert not any(alive(refs))
+    _, ran = served(lambda: layers[2](inputs()))
+    assert ran == ["group"]
+    for seed, (layer, ys) in enumerate(zip(layers, outputs, strict=False)):
+        close(ys, plain(layer, inputs(seed)))
+
+
+def test_an_abandoned_forward_of_the_only_group():
+    trio, x = Trio(), inputs(2)
+    refs = abandoned(trio)
+    ys = trio(x)
+    close(ys, plain(trio, x))
+    assert not any(alive(refs))
+    ys, ran = served(lambda: trio(x))
+    assert ran == ["group"]
+    close(ys, plain(trio, x))
+
+
+def test_two_models_may_take_turns():
+    trio, other, x = Trio(), Trio(), inputs()
+    for _ in range(2):
+        got, ran = served(lambda: [trio.q(x), other.q(x), *trio(x, "kv"), *other(x, "kv")])
+        assert ran == ["group"] * 2
+        close(got, [y for order in ("q", "q", "kv", "kv") for y in plain(trio, x, order)])
+
+
+# --- members that share a factor, ensembles ---------------------------------------------------------
+
+
+def test_kernels_add_no_gradient_of_a_factor_that_two_members_share(monkeypatch):
+    """Their way past torch, with the composition in place of a kernel."""
+    trio, forward = Trio(), _LoraGroup.forward
+
+    def direct(ctx, *args):
+        outputs = forward(ctx, *args)
+        ctx.direct = True
+        return outputs
+
+    monkeypatch.setattr(_LoraGroup, "forward", staticmethod(direct))
+    trio.k.lora_A["default"].weight = trio.q.lora_A["default"].weight
+    factors = [p for p in trio.parameters() if p.requires_grad]
+    for factor in factors:
+        _accumulate.mark(factor, True)
+    want = [torch.zeros_like(factor) for factor in factors]
+    for seed in range(3):
+        x = inputs(seed)
+        sum(y.square().sum() for y in trio(x)).backward()
+        grads = torch.autograd.grad(sum(y.square().sum() for y in plain(trio, x)), factors)
+        want = [total + grad for total, grad in zip(want, grads, strict=True)]
+        close([factor.grad for factor in factors], want)
+
+
+@pytest.mark.parametrize("names", ["q", "qkv"])
+def test_an_ensemble_of_factors(names):
+    trio, x = Trio().requires_grad_(False), inputs(grad=False)
+    state = {name: torch.stack([p, 2 * p]) for name, p in trio.named_parameters()}
+
+    trio.q(x)  # whose company waits, of other factors
+    got = torch.func.vmap(lambda values: functional_call(trio, values, (x, names)))(state)
+    for i in range(2):
+        each = copy.deepcopy(trio)
+        each.load_state_dict({name: values[i] for name, values in state.items()})
+        close([y[i] for y in got], plain(each, x, names))
 
 
 # --- copies, replicas, threads ----------------------------------------------------------------------
