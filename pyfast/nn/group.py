@@ -217,8 +217,8 @@ class InputGroup:
         if node is not None:
             node.count = 0
         own = outputs.pop(name)
-        self._kept = _Kept(x, now, outputs, node)
-        _recent.add(self._kept)
+        self._kept = made = _Kept(x, now, outputs, node)
+        _recent.add(made)  # another thread may have taken it from the group
         return own.taken()
 
 

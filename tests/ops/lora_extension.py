@@ -80,7 +80,8 @@ class Extension:
 
     def lora_forward(self, *args):
         x, w, a, b, scale, keep = self.problem(args[:21])
-        bias, y, z = args[21:]
+        bias, columns, y, z = args[21:]
+        assert not columns
         dtype, m, n, r, pitch_z = DTYPES[args[2]], args[4], args[5], args[7], args[16]
         z = at(z, m, pitch_z, pitch_z, dtype)
         if a is not None:
