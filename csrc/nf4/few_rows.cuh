@@ -43,16 +43,19 @@ __device__ __forceinline__ std::uint32_t pair_of(float low, float high) {
   return *reinterpret_cast<const std::uint32_t*>(pair);
 }
 
-// Fills the table: a thread a row; units of 16 bytes in an order without bank conflicts.
+// Units of 16 bytes in an order that has no bank conflicts where a thread fills a row.
+__device__ __forceinline__ void fill_table_row(char* table, unsigned row, std::uint32_t pair) {
+  const uint4 unit = make_uint4(pair, pair, pair, pair);
+#pragma unroll
+  for (unsigned i = 0; i < 8; ++i) {
+    *reinterpret_cast<uint4*>(table + row * kTableRow + ((i + row) % 8) * 16) = unit;
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void fill_table(char* table) {
   for (unsigned row = threadIdx.x; row < 256; row += blockDim.x) {
-    const std::uint32_t pair = pair_of<T>(c_codes[row >> 4], c_codes[row & 15]);
-    const uint4 unit = make_uint4(pair, pair, pair, pair);
-#pragma unroll
-    for (unsigned i = 0; i < 8; ++i) {
-      *reinterpret_cast<uint4*>(table + row * kTableRow + ((i + row) % 8) * 16) = unit;
-    }
+    fill_table_row(table, row, pair_of<T>(c_codes[row >> 4], c_codes[row & 15]));
   }
 }
 

@@ -24,6 +24,11 @@ __device__ __forceinline__ void barrier_expect(std::uint32_t barrier, int bytes)
 __device__ __forceinline__ void barrier_arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+template <int kTimes>
+__device__ __forceinline__ void barrier_arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(kTimes)
+               : "memory");
+}
 __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int phase) {
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\n"
@@ -52,6 +57,10 @@ __device__ __forceinline__ void load_box3(std::uint32_t to, const CUtensorMap* m
       : "memory");
 }
 
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Programmatic dependent launch: the next grid may begin now, and this one has to wait for the end
 // of the grid before it ahead of reading what that wrote.
 __device__ __forceinline__ void launch_next_grid() {
@@ -71,10 +80,10 @@ struct Slots {
   int count, slot = 0, phase = 0;
   __device__ __forceinline__ Slots(std::uint32_t barriers, int slots)
       : full(barriers), empty(barriers + 8 * slots), count(slots) {}
-  // By one thread; `consumers` warps empty a slot.
-  __device__ __forceinline__ void init(int consumers) const {
+  // By one thread; `producers` threads fill a slot, `consumers` warps empty it.
+  __device__ __forceinline__ void init(int consumers, int producers = 1) const {
     for (int i = 0; i < count; ++i) {
-      barrier_init(full + 8 * i, 1);
+      barrier_init(full + 8 * i, producers);
       barrier_init(empty + 8 * i, consumers);
     }
   }

@@ -17,9 +17,11 @@ void launch(const FewRowsParams& params, const Placement& place) {
   const int sm_count = cuda_device(place.device).sm_count;
   const FedPlan plan = Layout::make_plan(params.n, sm_count);
   allow_shared_memory<kKernel>(kFewRowsOp, kMostSharedBytes);
-  launch_grid<kKernel>(ceil_div(params.n, plan.rows * plan.passes), kFedThreads,
-                       Layout::bytes(plan.rows, plan.slots), params.early, place.stream,
-                       map_of_w(params, plan.rows), map_of_x(params, kTokens, 4), params, plan);
+  const Grid grid{.blocks = ceil_div(params.n, plan.rows * plan.passes),
+                  .threads = kFedThreads,
+                  .shared_bytes = Layout::bytes(plan.rows, plan.slots)};
+  launch_grid<kKernel>(grid, params.early, place.stream, map_of_w(params, plan.rows),
+                       map_of_x(params, kTokens, 4), params, plan);
 }
 
 template <class T, int kTokens>

@@ -69,20 +69,31 @@ inline CUtensorMap map_of_x(const FewRowsParams& params, int tokens, int blocks)
       {64, static_cast<std::uint32_t>(tokens), static_cast<std::uint32_t>(blocks)});
 }
 
+struct Grid {
+  int blocks = 0, threads = 0, shared_bytes = 0;
+  int cluster = 1;  // blocks of one
+};
+
 // Launched early, the kernels wait for the grid ahead of them before they read x.
 template <auto kKernel, class... Args>
-void launch_grid(int blocks, int threads, int shared_bytes, bool early, void* stream,
-                 const Args&... args) {
+void launch_grid(const Grid& grid, bool early, void* stream, const Args&... args) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute serialization{};
-  serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  serialization.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &serialization;
-  config.numAttrs = early ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  }
+  if (early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   CUDA_CHECK(kFewRowsOp, cudaLaunchKernelEx(&config, kKernel, args...));
 }
 

@@ -1,55 +1,83 @@
 // SPDX-License-Identifier: Apache-2.0
 // 17 to 256 rows of x, by wgmma with the weight as left operand in registers: D[row of W, token].
 //
-// A warpgroup has 64 rows of W, all tokens, and every kGroupsK-th block of 64 columns. Two further
-// warps copy by TMA, one the packed weight (chunks of 256 columns), one x (blocks of 64). As x lies
-// in its natural order, lane t of a quad needs byte t of every word of a row: the PRMT that makes
-// the address of a look-up picks it, and quads read the same words.
+// A tile of W's rows is done by one block of threads, a warpgroup having 64 rows and all columns.
+// Where that leaves most of the GPU idle, a cluster of two blocks has a tile of 64 rows, and each
+// of its four warpgroups a quarter of the columns: then they trade sums. Further warps feed them:
+// one copies the packed weight by TMA, one x (blocks of 64 columns), two work out scales.
 //
-// kExact: the table has pairs of floats, which the scale multiplies before they are rounded to what
-// bitsandbytes dequantises to. Otherwise codes are multiplied as they are and the sums of a block
-// get the scale: fewer instructions a weight and half of the bytes from shared memory, but a second
-// set of sums.
+// While products run, the other instructions of an SM come at a quarter of their rate, so their
+// number a weight decides: weights are decoded two at a time by look-up, and the products of a
+// block get its scales afterwards, which costs an FFMA a sum. With so many tokens that it would
+// cost more than scaling the weights does, codes are looked up in fixed point and scaled in
+// registers.
 #pragma once
 
 #include <cutlass/cutlass.h>
 
+#include <algorithm>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
-#include "nf4/few_rows_async.cuh"
+#include "nf4/few_rows_cluster.cuh"
+#include "nf4/few_rows_decode.cuh"
 
 namespace pyfast::nf4::few {
 
-constexpr int kGroupThreads = 128;
+constexpr int kGroups = 2, kGroupThreads = 128, kGroupRows = 64;
+constexpr int kTileRows = kGroups * kGroupRows;
 constexpr int kBlockRow = kBlock * 2;  // bytes of a row of x
 
+// With so many tokens, scaling a weight costs less than scaling all sums.
+constexpr bool scales_weights(int tokens) { return tokens > 128; }
+
 struct WgmmaPlan {
-  int rows;  // of a tile
-  int passes;
+  int rows;     // of a tile
+  bool shared;  // by a cluster of two blocks
 };
 
-template <int kTokens, bool kExact, int kGroupsRows, int kGroupsK>
+// What a block of threads does: tiles of `rows` rows of W, chunks [begin, end) of their columns.
+struct WgmmaTask {
+  int rows, first, turn, tiles, begin, end;
+
+  __device__ __forceinline__ WgmmaTask(const FewRowsParams& args, const WgmmaPlan& plan)
+      : rows(plan.rows),
+        first(static_cast<int>(blockIdx.x) / (plan.shared ? 2 : 1)),
+        turn(static_cast<int>(gridDim.x) / (plan.shared ? 2 : 1)) {
+    tiles = (ceil_div(args.n, rows) - first + turn - 1) / turn;
+    const int chunks = (args.k / kBlock + 3) / 4, rank = plan.shared ? cluster_rank() : 0;
+    begin = plan.shared ? chunks * rank / 2 : 0;
+    end = plan.shared ? chunks * (rank + 1) / 2 : chunks;
+  }
+  __device__ __forceinline__ int row(int tile) const { return (tile * turn + first) * rows; }
+};
+
+// The half of each row of the table that is free holds what is small.
+template <int kTokens>
 struct WgmmaLayout {
-  static constexpr int kGroups = kGroupsRows * kGroupsK, kThreads = (kGroups + 1) * kGroupThreads;
-  static constexpr int kMostRows = 64 * kGroupsRows;
-  static constexpr int kSlotW = kMostRows * kChunkRow;
-  static constexpr int kSlotX = kTokens * kBlockRow;
-  static constexpr int kSlotsW = kSlotW > 16384 || kTokens > 64 ? 2 : 4;
-  static constexpr int kMap = kTableBytes;
-  static constexpr int kScales = kMap + kMapBytes;
-  static constexpr int kBarriers = kScales + 4 * kGroups * 16 * 16;
-  // Sums that a group of k hands over at a time: [kHanded][thread of the other group].
-  static constexpr int kHanded = 8;
-  static constexpr int kSums = kBarriers + 256;
-  static constexpr int kSumsBytes = kGroupsK == 1 ? 0 : kHanded * kGroupsRows * kGroupThreads * 4;
-  static constexpr int kW = (kSums + kSumsBytes + 1023) / 1024 * 1024;
+  static constexpr int kConsumers = kGroups * kGroupThreads;
+  static constexpr int kThreads = kConsumers + kGroupThreads;
+  static constexpr int kSlotW = kTileRows * kChunkRow;
+  // Few tokens take so short that waiting for every block by itself would show.
+  static constexpr int kBlocksX = kTokens > 64 ? 1 : 2, kBlockX = kTokens * kBlockRow;
+  static constexpr int kSlotX = kBlocksX * kBlockX;
+  static constexpr int kRingW = kTokens > 64 ? 32768 : 65536;
+  static constexpr int kSlotsW = kRingW / kSlotW;
+  static constexpr int kW = kTableBytes;
   static constexpr int kX = kW + kSlotsW * kSlotW;
-  static constexpr int kFitX = (kMostSharedBytes - kX) / kSlotX / kGroupsK * kGroupsK;
-  static constexpr int kSlotsX = kFitX > 12 ? 12 : kFitX;
-  static constexpr int kBytes = kX + kSlotsX * kSlotX;
-  static_assert(kSlotsX >= 3 && 16 * (kSlotsW + kSlotsX) <= 256);
+  // Warpgroups that take turns with slots must see every phase of theirs: an even number.
+  static constexpr int kFitX = (kMostSharedBytes - kMapBytes - kX) / kSlotX / kGroups * kGroups;
+  static constexpr int kSlotsX = std::min(kFitX, 12);
+  static constexpr int kMap = kX + kSlotsX * kSlotX, kBytes = kMap + kMapBytes;
+  // In the free halves of the table's rows: barriers, and the scales of a slot of W, four blocks of
+  // eight rows in 128 bytes.
+  static constexpr int kBarriers = 128, kScales = kBarriers + 4 * kTableRow;
+  static constexpr int kSlotScales = kTileRows / 8 * kTableRow;
+  static_assert(kScales + kSlotsW * kSlotScales <= kTableBytes + 128);
+  static_assert(kSlotsX >= 4 && 16 * kSlotsW <= 128 && 8 * kSlotsX <= 128);
+  // Where x was, sums are exchanged.
+  static_assert(kTokens / 2 * kConsumers * 4 <= kSlotsX * kSlotX);
 };
 
 // Starts D (+)= A X over one step of 16 columns.
@@ -73,6 +101,7 @@ struct Wgmma;
 PYFAST_WGMMA(32)
 PYFAST_WGMMA(64)
 PYFAST_WGMMA(128)
+PYFAST_WGMMA(192)
 PYFAST_WGMMA(256)
 #undef PYFAST_WGMMA
 
@@ -86,268 +115,318 @@ __device__ __forceinline__ std::uint64_t describe_x(std::uint32_t rows) {
   return descriptor;
 }
 
-// Pairs of floats, one to a lane.
-__device__ __forceinline__ void fill_exact_table(char* table) {
-  for (unsigned row = threadIdx.x; row < 256; row += blockDim.x) {
-    const float high = c_codes[row >> 4], low = c_codes[row & 15];
-    const float4 unit = make_float4(high, low, high, low);
-#pragma unroll
-    for (unsigned i = 0; i < 16; ++i) {
-      *reinterpret_cast<float4*>(table + row * kTableRow + ((i + row) % 16) * 16) = unit;
-    }
-  }
-}
-
-// The left operand of a block of 64 columns: [step of 16][register]. `row` is the lane's row g of a
-// chunk, whose units of 16 bytes are swizzled by g.
-using Operand = std::uint32_t[16];
-
-template <class T, bool kExact>
-__device__ __forceinline__ void decode(Operand& a, const char* table, const char* row, int g,
-                                       int block, std::uint32_t lane_at, std::uint32_t select,
-                                       float upper, float lower) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int half = i / 2, below = i % 2;
-    const char* at = row + ((block * 2 + half) ^ g) * 16 + below * 8 * kChunkRow;
-    const uint4 loaded = *reinterpret_cast<const uint4*>(at);
-    const std::uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const char* entry = table + __byte_perm(words[j], lane_at, select);
-      std::uint32_t& to = a[half * 8 + j * 2 + below];
-      if constexpr (kExact) {
-        const float scale = below == 0 ? upper : lower;
-        const float2 pair = *reinterpret_cast<const float2*>(entry);
-        to = pair_of<T>(__fmul_rn(pair.x, scale), __fmul_rn(pair.y, scale));
-      } else {
-        to = *reinterpret_cast<const std::uint32_t*>(entry);
-      }
-    }
-  }
-}
-
 // Accumulators are not to be moved from here on.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&values)[kCount]) {
 #pragma unroll
-  for (float& value : values) asm volatile("" : "+f"(value)::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
 // Where products go: to the sums themselves, or to those of a block.
-template <bool kExact, int kCount>
-__device__ __forceinline__ float (&sums_of(float (&total)[kCount], float (&part)[kCount]))
-    [kCount] {
-      if constexpr (kExact) {
-        return total;
-      } else {
-        return part;
+template <bool kScaled, int kSums>
+__device__ __forceinline__ float (&sums_of(float (&total)[kSums], float (&part)[kSums])) [kSums] {
+  if constexpr (kScaled) {
+    return total;
+  } else {
+    return part;
+  }
+}
+
+// Writes the scales of W's chunks beside the chunks, for the slots w of both: two warps.
+template <class Layout, bool kNested, bool kFixed>
+__device__ __forceinline__
+    void feed_scales(const FewRowsParams& args, const WgmmaTask& task, char* storage, Slots w) {
+  constexpr int kRows = kTileRows / 64;  // of a thread, 64 apart
+  const int thread = static_cast<int>(threadIdx.x) - Layout::kConsumers - 64;
+  float* const map = reinterpret_cast<float*>(storage + Layout::kMap);
+  if constexpr (kNested) {
+    for (int i = thread; i < 256; i += 64) map[i] = d_dynamic_map[i];
+    asm volatile("bar.sync 2, 64;" ::: "memory");
+  }
+  const float offset = kNested ? __ldg(args.offset) : 0.0F;
+  RawScales<kNested> raw[kRows];
+  const int rows = task.rows;
+  int tile = 0, chunk = task.begin;
+  const auto load = [&]() __attribute__((always_inline)) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int in_tile = thread + i * 64, row = task.row(tile) + in_tile;
+      if (in_tile < rows && row < args.n) {
+        load_chunk(raw[i], args, row, chunk * 4, args.k / kBlock);
       }
     }
+  };
+  if (chunk == task.end) return;
+  load();
+  while (tile < task.tiles) {
+    float4 values[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      values[j] = raw[j].resolve(map, offset);
+      if constexpr (kFixed) values[j] = fixed_scales(values[j]);
+    }
+    if (++chunk == task.end) chunk = task.begin, ++tile;
+    if (tile < task.tiles) load();
+    barrier_wait(w.empty_at(), w.phase ^ 1);
+    char* const to = storage + Layout::kScales + w.slot * Layout::kSlotScales;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int row = thread + j * 64;
+      *reinterpret_cast<float4*>(to + row / 8 * kTableRow + row % 8 * 16) = values[j];
+    }
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(w.full_at());
+    w.next();
+  }
+}
 
-template <class T, int kTokens, bool kExact, bool kNested, int kGroupsRows, int kGroupsK>
-__global__ void __launch_bounds__(WgmmaLayout<kTokens, kExact, kGroupsRows, kGroupsK>::kThreads, 1)
+// Adds the products of a warpgroup's 64 rows of W with every kTurns-th slot of x to `total`. Where
+// weights are scaled, warps without rows have nothing to decode.
+template <class T, int kTokens, int kTurns>
+__device__ __forceinline__ void multiply(float (&total)[kTokens / 2], const char* storage,
+                                         std::uint32_t shared, Slots& w, Slots& ring_x, int chunks,
+                                         bool has_rows) {
+  using Layout = WgmmaLayout<kTokens>;
+  constexpr int kSums = kTokens / 2, kSteps = 4 / kTurns, kBlocksX = Layout::kBlocksX;
+  // Scaled weights add up in place; else sums of a block wait for its scales, of two blocks at a
+  // time where registers allow.
+  constexpr bool kScaled = scales_weights(kTokens);
+  constexpr int kBuffers = !kScaled && kTokens <= 64 ? 2 : 1;
+  if (chunks == 0) return;
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const int g = lane / 4, turn = kTurns > 1 ? warp / 4 : 0;
+  const int warp_row = (kTurns > 1 ? warp % 4 : warp) * 16;  // in a tile
+  const std::uint32_t lane4 = static_cast<std::uint32_t>(lane) * 4;
+  const std::uint32_t select = 0x7704U | static_cast<std::uint32_t>(lane % 4) << 4;
+  Slots x = ring_x;
+  x.full += 8 * turn, x.empty += 8 * turn;
+  const std::uint32_t x_slots = shared + Layout::kX + turn * Layout::kSlotX;
+  [[maybe_unused]] float parts[kBuffers][kSums];
+  Operand a[2] = {};
+  Words words = {};
+  float scales[2][kSteps];  // of a chunk: rows g and g + 8
+  float by[2][2];           // of steps, even or odd
+  unsigned rows = 0;
+  std::uint32_t used = 0;
+  const auto block_of = [&](int step) __attribute__((always_inline)) {
+    return (step / kBlocksX * kTurns + turn) * kBlocksX + step % kBlocksX;
+  };
+  const auto open_chunk = [&]() __attribute__((always_inline)) {
+    barrier_wait(w.full_at(), w.phase);
+    rows = Layout::kW + w.slot * Layout::kSlotW + (warp_row + g) * kChunkRow + g * 16;
+    const char* from = storage + Layout::kScales + w.slot * Layout::kSlotScales +
+                       warp_row / 8 * kTableRow + g * 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i, from += kTableRow) {
+      if constexpr (kTurns == 1) {
+        const float4 four = *reinterpret_cast<const float4*>(from);
+        scales[i][0] = four.x, scales[i][1] = four.y, scales[i][2] = four.z, scales[i][3] = four.w;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) {
+          scales[i][j] = reinterpret_cast<const float*>(from)[block_of(j)];
+        }
+      }
+    }
+  };
+  const auto close_chunk = [&]() __attribute__((always_inline)) {
+    __syncwarp();  // every lane has its words
+    if (lane == 0) barrier_arrive(w.empty_at());
+    w.next();
+  };
+  const auto load = [&](int step) __attribute__((always_inline)) {
+    if (!kScaled || has_rows) words.load(storage, rows, block_of(step));
+  };
+  const auto decode = [&](int step) __attribute__((always_inline)) {
+    Operand& to = a[step % 2];
+    by[step % 2][0] = scales[0][step], by[step % 2][1] = scales[1][step];
+    if (kScaled && !has_rows) return;
+    look_up(to, words, storage, lane4, select);
+    if constexpr (kScaled) apply_scales<T>(to, by[step % 2][0], by[step % 2][1]);
+  };
+  const auto promote = [&](int step) __attribute__((always_inline)) {
+    if constexpr (!kScaled) {
+      float (&part)[kSums] = parts[step % kBuffers];
+      pin(part);
+#pragma unroll
+      for (int j = 0; j < kSums; ++j) total[j] += by[step % 2][j % 4 / 2] * part[j];
+    }
+  };
+  // Whoever has a slot alone arrives for all.
+  const auto release = [&](std::uint32_t slot) __attribute__((always_inline)) {
+    if (lane == 0) barrier_arrive<kTurns>(slot);
+  };
+  open_chunk();
+  load(0);
+  decode(0);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const bool more_chunks = chunk + 1 < chunks;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const bool last = step == kSteps - 1, more = !last || more_chunks;
+      const int next = (step + 1) % kSteps, in_slot = step % kBlocksX;
+      float (&d)[kSums] = sums_of<kScaled>(total, parts[step % kBuffers]);
+      Operand& operand = a[step % 2];
+      if (in_slot == 0) barrier_wait(x.full_at(), x.phase);
+      const std::uint64_t from =
+          describe_x(x_slots + x.slot * Layout::kSlotX + in_slot * Layout::kBlockX);
+      pin(d);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        Wgmma<T, kTokens>::start(operand + k * 4, from + k * 2, d, kScaled || k > 0,
+                                 std::make_index_sequence<kSums>{});
+      }
+      cute::warpgroup_commit_batch();
+      if (last) {
+        close_chunk();
+        if (more) open_chunk();
+      }
+      // Sums in flight are not to be read beyond the loop's end: ptxas would serialise products.
+      const bool drained = !kScaled && (last || kBuffers == 1);
+      if (more) load(next);
+      if constexpr (kScaled || kBuffers == 2) {
+        if (step > 0 || kScaled) {
+          cute::warpgroup_wait<1>();
+          if (step > 0) promote(step - 1);
+          if (used != 0) release(used), used = 0;
+        }
+      }
+      if (more) decode(next);
+      if (drained) {
+        cute::warpgroup_wait<0>();
+        promote(step);
+      }
+      if (in_slot == kBlocksX - 1) {
+        if (drained) {
+          release(x.empty_at());
+        } else {
+          used = x.empty_at();
+        }
+        for (int i = 0; i < kTurns; ++i) x.next();
+      }
+    }
+  }
+  if constexpr (kScaled) {
+    cute::warpgroup_wait<0>();
+    pin(total);
+    release(used);
+  }
+  ring_x.slot = x.slot, ring_x.phase = x.phase;
+}
+
+// Stores the first kCount sums of a warp: rows row + g and row + g + 8 of tokens from `token` on.
+template <class T, int kCount, int kSums>
+__device__ __forceinline__ void store(const FewRowsParams& args, const float (&total)[kSums],
+                                      int row, bool first, bool second, int token) {
+  const T* bias = static_cast<const T*>(args.bias) + row;
+  const float bias_first = first && args.bias != nullptr ? widen(bias[0]) : 0.0F;
+  const float bias_second = second && args.bias != nullptr ? widen(bias[8]) : 0.0F;
+  token += static_cast<int>(threadIdx.x % 4) * 2;
+  T* to = static_cast<T*>(args.y) + token * args.pitch_y + row;
+#pragma unroll
+  for (int j = 0; j < kCount; j += 2) {
+    const int odd = j / 2 % 2, at = j / 4 * 4 + odd;  // sums of one token, rows g and g + 8
+    const bool exists = token + j / 4 * 8 + odd < args.m;
+    if (exists && first) narrow(total[at] + bias_first, to);
+    if (exists && second) narrow(total[at + 2] + bias_second, to + 8);
+    to += odd == 0 ? args.pitch_y : 7 * args.pitch_y;
+  }
+}
+
+template <class T, int kTokens, bool kNested>
+__global__ void __launch_bounds__(WgmmaLayout<kTokens>::kThreads, 1)
     few_rows_wgmma_kernel(const __grid_constant__ CUtensorMap map_w,
                           const __grid_constant__ CUtensorMap map_x, const FewRowsParams args,
                           const WgmmaPlan plan) {
-  using Layout = WgmmaLayout<kTokens, kExact, kGroupsRows, kGroupsK>;
-  constexpr int kSums = kTokens / 2, kGroups = Layout::kGroups;
-  // Two warpgroups have registers to decode a block while the product of the one ahead runs; four
-  // take turns.
-  constexpr bool kAhead = kGroups == 2;
+  using Layout = WgmmaLayout<kTokens>;
+  constexpr int kSums = kTokens / 2;
+  constexpr bool kScaled = scales_weights(kTokens);
   extern __shared__ __align__(1024) char storage[];
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const std::uint32_t shared = shared_address(storage);
-  const int blocks = args.k / kBlock, chunks = (blocks + 3) / 4;
-  const auto tile_of = [&](int pass) {
-    return (pass * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) * plan.rows;
-  };
+  const WgmmaTask task(args, plan);
 
   Slots w(shared + Layout::kBarriers, Layout::kSlotsW);
-  Slots x(shared + Layout::kBarriers + 16 * Layout::kSlotsW, Layout::kSlotsX);
+  Slots x(shared + Layout::kBarriers + kTableRow, Layout::kSlotsX);
+  x.empty = x.full + kTableRow;
+  Exchange exchange(x.empty + kTableRow);
   if (threadIdx.x == 0) {
-    w.init(4 * kGroups);
-    x.init(4 * kGroupsRows);
+    prefetch_map(&map_w);
+    prefetch_map(&map_x);
+    w.init(4 * kGroups, 3);
+    x.init(4 * kGroups);
+    exchange.init(4 * kGroups);
     fence_barriers();
   }
-  __syncthreads();
+  if (plan.shared) {
+    meet_cluster();
+  } else {
+    __syncthreads();
+  }
   launch_next_grid();
 
   if (warp >= 4 * kGroups) {
-    if constexpr (kAhead) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    } else {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-    }
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     if (warp == 4 * kGroups && lane == 0) {
       const std::uint64_t policy = evict_first();
-      for (int pass = 0; pass < plan.passes; ++pass) {
-        for (int chunk = 0; chunk < chunks; ++chunk, w.next()) {
+      for (int tile = 0; tile < task.tiles; ++tile) {
+        for (int chunk = task.begin; chunk < task.end; ++chunk, w.next()) {
           barrier_wait(w.empty_at(), w.phase ^ 1);
-          barrier_expect(w.full_at(), plan.rows * kChunkRow);
+          barrier_expect(w.full_at(), task.rows * kChunkRow);
           load_box(shared + Layout::kW + w.slot * Layout::kSlotW, &map_w, w.full_at(),
-                   chunk * kChunkRow, tile_of(pass), policy);
+                   chunk * kChunkRow, task.row(tile), policy);
         }
       }
     }
     if (warp == 4 * kGroups + 1 && lane == 0) {
       const std::uint64_t policy = evict_last();
       wait_for_grid_before();
-      for (int pass = 0; pass < plan.passes; ++pass) {
-        for (int block = 0; block < chunks * 4; ++block, x.next()) {
+      for (int tile = 0; tile < task.tiles; ++tile) {
+        if (plan.shared && tile > 0) exchange.wait_until_taken();
+        for (int block = task.begin * 4; block < task.end * 4; x.next()) {
           barrier_wait(x.empty_at(), x.phase ^ 1);
-          barrier_expect(x.full_at(), Layout::kSlotX);
-          load_box3(shared + Layout::kX + x.slot * Layout::kSlotX, &map_x, x.full_at(), 0, block,
-                    policy);
+          // The rest of a slot is the products of tokens that do not exist.
+          barrier_expect(x.full_at(), Layout::kBlocksX * args.m * kBlockRow);
+#pragma unroll
+          for (int i = 0; i < Layout::kBlocksX; ++i, ++block) {
+            load_box3(shared + Layout::kX + x.slot * Layout::kSlotX + i * Layout::kBlockX, &map_x,
+                      x.full_at(), 0, block, policy);
+          }
         }
       }
     }
+    if (warp >= 4 * kGroups + 2) feed_scales<Layout, kNested, kScaled>(args, task, storage, w);
     return;
   }
-  if constexpr (kAhead) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
-  }
-
-  float* const map = reinterpret_cast<float*>(storage + Layout::kMap);
-  float4* const scales = reinterpret_cast<float4*>(storage + Layout::kScales) + warp * 16;
-  const int g = lane / 4, t = lane % 4;
-  const int group_rows = warp / 4 % kGroupsRows, group_k = warp / 4 / kGroupsRows;
-  const int warp_row = group_rows * 64 + warp % 4 * 16;  // in a tile
-  RawScales<kNested> raw;
-  const auto load_scales = [&](int tile, int chunk) {
-    const int in_tile = warp_row + lane % 16, row = tile + in_tile;
-    if (in_tile < plan.rows && row < args.n) load_chunk(raw, args, row, chunk * 4, blocks);
-  };
-  load_scales(tile_of(0), 0);
-  if constexpr (kExact) {
-    fill_exact_table(storage);
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+  if constexpr (kScaled) {
+    fill_fixed_table(storage);
   } else {
     fill_table<T>(storage);
   }
-  if constexpr (kNested) fill_map(map);
-  const float offset = kNested ? __ldg(args.offset) : 0.0F;
-  const auto meet = [] {
-    asm volatile("bar.sync 1, %0;" ::"n"(kGroups * kGroupThreads) : "memory");
-  };
+  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(Layout::kConsumers) : "memory"); };
   meet();
 
-  const std::uint32_t lane_at = static_cast<std::uint32_t>(lane) * (kExact ? 8 : 4);
-  const std::uint32_t select = 0x7704U | static_cast<std::uint32_t>(t) << 4;
-  const float* const scale = reinterpret_cast<const float*>(scales + g);
-  for (int i = 0; i < group_k; ++i) x.next();
-
-  for (int pass = 0; pass < plan.passes; ++pass) {
-    const int tile = tile_of(pass);
-    float total[kSums];
-    [[maybe_unused]] float part[kSums];
-    Operand a[kAhead ? 2 : 1];
-    if constexpr (!kExact) {
-#pragma unroll
-      for (float& sum : total) sum = 0;
-    }
-    const char* rows = nullptr;
-    const auto open_chunk = [&](int chunk) {
-      if (lane < 16) scales[lane] = raw.resolve(map, offset);
-      if (chunk + 1 < chunks) {
-        load_scales(tile, chunk + 1);
-      } else if (pass + 1 < plan.passes) {
-        load_scales(tile_of(pass + 1), 0);
-      }
-      __syncwarp();
-      barrier_wait(w.full_at(), w.phase);
-      rows = storage + Layout::kW + w.slot * Layout::kSlotW + (warp_row + g) * kChunkRow;
-    };
-    const auto close_chunk = [&] {
-      __syncwarp();  // every lane has decoded its words
-      if (lane == 0) barrier_arrive(w.empty_at());
-      w.next();
-    };
-    const auto decode_block = [&](Operand& to, int block) {
-      decode<T, kExact>(to, storage, rows, g, block, lane_at, select, scale[block],
-                        scale[32 + block]);
-    };
-    float (&d)[kSums] = sums_of<kExact>(total, part);
-    if constexpr (kAhead) {
-      open_chunk(0);
-      decode_block(a[0], group_k);
-    }
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      if constexpr (!kAhead) open_chunk(chunk);
-#pragma unroll
-      for (int step = 0; step < 4 / kGroupsK; ++step) {
-        const int block = step * kGroupsK + group_k;
-        Operand& operand = a[kAhead ? step % 2 : 0];
-        const float upper = scale[block], lower = scale[32 + block];
-        if constexpr (!kAhead) decode_block(operand, block);
-        barrier_wait(x.full_at(), x.phase);
-        const std::uint64_t from = describe_x(shared + Layout::kX + x.slot * Layout::kSlotX);
-        const bool fresh = !kExact || (chunk == 0 && step == 0);
-        pin(d);
-        cute::warpgroup_arrive();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          Wgmma<T, kTokens>::start(operand + k * 4, from + k * 2, d, k > 0 || !fresh,
-                                   std::make_index_sequence<kSums>{});
-        }
-        cute::warpgroup_commit_batch();
-        const bool last = step + 1 == 4 / kGroupsK;
-        if (last) close_chunk();
-        if constexpr (kAhead) {
-          if (!last) {
-            decode_block(a[(step + 1) % 2], block + kGroupsK);
-          } else if (chunk + 1 < chunks) {
-            open_chunk(chunk + 1);
-            decode_block(a[0], group_k);
-          }
-        }
-        cute::warpgroup_wait<0>();
-        pin(d);
-        if constexpr (!kExact) {
-#pragma unroll
-          for (int j = 0; j < kSums; ++j) total[j] += (j % 4 < 2 ? upper : lower) * part[j];
-        }
-        if (lane == 0) barrier_arrive(x.empty_at());
-        for (int i = 0; i < kGroupsK; ++i) x.next();
-      }
-    }
-    if constexpr (kGroupsK > 1) {
-      // The first group of k adds the second one's sums, a few at a time.
-      float* const handed = reinterpret_cast<float*>(storage + Layout::kSums) +
-                            group_rows * kGroupThreads + threadIdx.x % kGroupThreads;
-      constexpr int kPitch = kGroupsRows * kGroupThreads;
-#pragma unroll
-      for (int from = 0; from < kSums; from += Layout::kHanded) {
-        meet();
-#pragma unroll
-        for (int j = 0; j < Layout::kHanded; ++j) {
-          if (group_k == 1) handed[j * kPitch] = total[from + j];
-        }
-        meet();
-#pragma unroll
-        for (int j = 0; j < Layout::kHanded; ++j) {
-          if (group_k == 0) total[from + j] += handed[j * kPitch];
-        }
-      }
-      if (group_k == 1) continue;
-    }
-    const int in_tile = warp_row + g, row = tile + in_tile;
-    const bool first = in_tile < plan.rows && row < args.n;
-    const bool second = in_tile + 8 < plan.rows && row + 8 < args.n;
-    const T* bias = static_cast<const T*>(args.bias) + row;
-    const float bias_first = first && args.bias != nullptr ? widen(bias[0]) : 0.0F;
-    const float bias_second = second && args.bias != nullptr ? widen(bias[8]) : 0.0F;
-    T* to = static_cast<T*>(args.y) + t * 2 * args.pitch_y + row;
-#pragma unroll
-    for (int j = 0; j < kSums; j += 2) {
-      const int odd = j / 2 % 2, at = j / 4 * 4 + odd;  // sums of one token, rows g and g + 8
-      const bool exists = j / 4 * 8 + t * 2 + odd < args.m;
-      if (exists && first) narrow(total[at] + bias_first, to);
-      if (exists && second) narrow(total[at + 2] + bias_second, to + 8);
-      to += odd == 0 ? args.pitch_y : 7 * args.pitch_y;
+  const int g = lane / 4, group = warp / 4, chunks = task.end - task.begin;
+  for (int tile = 0; tile < task.tiles; ++tile) {
+    float total[kSums] = {};
+    if (!plan.shared) {
+      const int in_tile = warp * 16 + g, row = task.row(tile) + in_tile;
+      multiply<T, kTokens, 1>(total, storage, shared, w, x, chunks, warp * 16 < task.rows);
+      store<T, kSums>(args, total, row, in_tile < task.rows && row < args.n,
+                      in_tile + 8 < task.rows && row + 8 < args.n, 0);
+    } else {
+      const int mine = static_cast<int>(blockIdx.x) % 2 * 2 + group;
+      const int row = task.row(tile) + warp % 4 * 16 + g;
+      multiply<T, kTokens, 2>(total, storage, shared, w, x, chunks, true);
+      meet();  // no product reads x any more
+      exchange.add_up(total, shared + Layout::kX, group, mine);
+      store<T, kSums / 4>(args, total, row, row < args.n, row + 8 < args.n, mine * kTokens / 4);
     }
   }
+  // The other block may still read this one's sums.
+  if (plan.shared) wait_for_cluster(exchange.taken, exchange.phase ^ 1);
 }
 
 }  // namespace pyfast::nf4::few

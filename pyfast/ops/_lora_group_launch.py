@@ -48,7 +48,7 @@ def forward(plan: Plan, *args: Any) -> tuple[list[Tensor], Tensor]:
         # Without W nothing reads B; it must only not be null.
         _extension.C.lora_forward(
             *_problem(plan, stream, space, x.shape[-1], z.shape[1], x, a_all, a_all, scales[0]),
-            0, 0, z.data_ptr(),
+            0, 0, 0, z.data_ptr(),
         )  # fmt: skip
     _library.record("lora_group", plan.beside)
     ys = []

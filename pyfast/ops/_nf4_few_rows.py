@@ -26,6 +26,10 @@ _BLOCKSIZE = 64
 _SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
 """Compute capabilities of GPUs whose blocks have 100 KiB of shared memory; the kernels need 160."""
 
+_FEWEST = ((_MOST_ROWS_SM80, 0, 0), (64, 0, 7), (128, 2, 9), (MOST_ROWS, 13, 13))
+"""Up to so many rows: out features a multiprocessor that the kernels need, for up to 4096 in features and for
+more. With fewer a scratch is faster, as too few blocks of threads read W (measured: benchmarks/NOTES.md)."""
+
 
 def why_not(
     m: int, n: int, k: int, dtype: torch.dtype, blocksize: int, aligned: bool,
@@ -33,8 +37,6 @@ def why_not(
 ) -> str:  # fmt: skip
     """Why no few-row kernel serves a product on a CUDA device; empty if one does."""
     most = MOST_ROWS if capability == (9, 0) else _MOST_ROWS_SM80
-    # A block of threads takes as long for few rows of W as for 64 (measured: benchmarks/NOTES.md).
-    fewest = 0 if m <= _MOST_ROWS_SM80 else 16 if m <= 64 else 64
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the few-row kernels take float16 and bfloat16, x is {dtype}"
     if m > most:
@@ -43,6 +45,7 @@ def why_not(
         return f"the few-row kernels take blocks of {_BLOCKSIZE}, the weight has {blocksize}"
     if k % _BLOCKSIZE:
         return f"the few-row kernels take multiples of {_BLOCKSIZE} in features, x has {k}"
+    fewest = next(long if k > 4096 else short for rows, short, long in _FEWEST if m <= rows)
     if n <= fewest * sm_count:
         return f"with {m} rows and {n} out features a dequantised scratch is faster"
     if capability < (8, 0) or capability in _SMALL:

@@ -12,18 +12,20 @@ from tests.cases import packed
 
 pytestmark = pytest.mark.gpu
 
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 128, 129, 255, 256)
-# Ragged N, K that is no multiple of a chunk of 256, several passes over bands of rows.
-SHAPES = [(1000, 512), (9001, 1088), (40003, 320), (3000, 4096), (5, 64)]
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 128, 129, 192, 193, 255, 256)
+# Ragged N, K that is no multiple of a chunk of 256 or less than one, several passes over bands of rows,
+# one or two tiles for clusters that split K.
+SHAPES = [(1000, 512), (9001, 1088), (40003, 320), (3000, 4096), (17000, 64), (6000, 4096), (5, 64)]
 HALVES = (torch.bfloat16, torch.float16)
 SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def expected_kernel(m, n):
+    """For up to 4096 in features."""
     if m <= 16:
         return f"nf4_few_rows_mma_{'sm90' if SM90 else 'sm80'}"
     sm_count = torch.cuda.get_device_properties("cuda").multi_processor_count
-    served = SM90 and n > (16 if m <= 64 else 64) * sm_count
+    served = SM90 and n > (0 if m <= 64 else 2 if m <= 128 else 13) * sm_count
     return "nf4_few_rows_wgmma_sm90" if served else "nf4_linear_scratch"
 
 
@@ -73,7 +75,7 @@ def test_no_further_from_float64_than_bitsandbytes(shape, dtype, nested):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(1000, 512), (9001, 1088)])
+@pytest.mark.parametrize("shape", [(1000, 512), (9001, 1088), (20000, 320)])
 def test_one_hot_rows_give_the_weights_within_one_rounding(shape, dtype, nested):
     n, k = shape
     parts = packed(n, k, "cuda", nested=nested)
@@ -139,7 +141,7 @@ def test_on_a_side_stream_and_in_a_graph(m):
 @pytest.mark.parametrize(
     ("variant", "m"),
     [("mma_sm80", 1), ("mma_sm80", 16), ("wgmma_sm90", 1), ("wgmma_sm90", 64), ("wgmma_sm90", 99),
-     ("wgmma_sm90", 256)],
+     ("wgmma_sm90", 180), ("wgmma_sm90", 256)],
 )  # fmt: skip
 def test_kernels_that_other_shapes_are_served_by(variant, m, n):
     if variant.endswith("sm90") and not SM90:
