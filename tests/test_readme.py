@@ -39,7 +39,6 @@ def test_no_block_is_left_out() -> None:
     assert all(line.startswith("make ") for text in blocks("") for line in text.splitlines())
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by PEFT
 def test_python(model: Path) -> None:
     load = transformers.AutoModelForCausalLM.from_pretrained
     four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

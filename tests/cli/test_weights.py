@@ -263,7 +263,6 @@ def test_quantized_model_loads_in_bitsandbytes_and_converts_back(
     assert compared == (14 if family == "llama" else 4)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by PEFT
 def test_convert_opens_a_pickle_only_on_demand(run: Run, base: Path, tmp_path: Path) -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"])

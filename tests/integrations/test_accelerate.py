@@ -21,8 +21,6 @@ from tests.models import gpt2, llama, logits, randomise, token_ids, train, twin
 bnb = pytest.importorskip("bitsandbytes")
 
 pytestmark = [
-    # PEFT asks transformers for a property by its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning"),
 ]

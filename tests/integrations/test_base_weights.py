@@ -73,7 +73,6 @@ def test_merging_before_saving_makes_no_difference(disabled, tmp_path):
     assert metadata(tmp_path)[ENTRY] == "nf4"
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_reads_the_file_without_a_word(qlora):
     theirs = peft.PeftModel.from_pretrained(llama(), qlora)
     with pytest.warns(UserWarning, match="NF4"):

@@ -244,7 +244,6 @@ def trained(model, **options):
     return model.eval()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by PEFT
 def test_lora_trains_saves_and_merges(tmp_path):
     config, tensors = original(tmp_path / "base")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))

@@ -23,8 +23,7 @@ from tests.integrations.test_accelerate import four_bit
 from tests.models import fingerprint, gpt2, llama, logits, plain, token_ids, train, twin, word_llama
 
 pytestmark = [
-    # PEFT asks transformers for a property by its old name, and looks for the base model's config.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT looks for the base model's config.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]

@@ -20,8 +20,6 @@ from pyfast.testing import assert_accurate, seeded
 from tests.models import gpt2, llama, logits, plain, randomise, token_ids, train
 
 pytestmark = [
-    # PEFT asks transformers for a property by its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # The name that the oldest transformers has.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is:FutureWarning"),
 ]

@@ -18,7 +18,6 @@ from tests.methods.test_ia3 import DENSE, scatter
 from tests.models import fingerprint, gpt2, llama, logits, plain, resumed_in_trainer, train
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 PEFT_DEFAULTS = [

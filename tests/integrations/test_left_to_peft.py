@@ -14,11 +14,6 @@ from torch import nn
 import pyfast
 from tests.models import llama, logits, randomise, token_ids
 
-# PEFT asks transformers for a property by its old name.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 TARGETS = ["q_proj", "k_proj"]
 INNER = {
     "loha": lambda: peft.LoHaConfig(r=4, init_weights=False, target_modules=TARGETS),

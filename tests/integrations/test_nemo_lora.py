@@ -15,8 +15,7 @@ from tests.family_models import variant
 from tests.models import llama, logits
 
 pytestmark = [
-    # PEFT asks transformers for a property by its old name, and looks for the base model's config.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT looks for the base model's config.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 

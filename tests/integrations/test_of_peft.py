@@ -9,10 +9,6 @@ import pyfast
 from pyfast.errors import AdapterStateError
 from tests.models import fingerprint, llama, logits, randomise, token_ids
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 def accelerated(config=None):
     model = peft.get_peft_model(

@@ -13,10 +13,6 @@ from pyfast.errors import UnsupportedError
 from tests.family_models import variant
 from tests.models import llama, logits, randomise
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 def cpu(model):
     accelerate.cpu_offload(model, torch.device("cpu"))

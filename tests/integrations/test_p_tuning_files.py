@@ -19,7 +19,6 @@ from tests.methods.test_p_tuning import V, config, prompted
 from tests.models import fingerprint, gpt2, llama, logits, train
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 WEIGHTS, TRAINING = "adapter_model.safetensors", "adapter_training.safetensors"

@@ -19,8 +19,7 @@ from tests.family_models import assert_trains_like_peft, batch, outputs, variant
 from tests.models import fingerprint, logits, plain, randomise
 
 pytestmark = [
-    # PEFT asks transformers for a property by its old name, and looks for the base model's config.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT looks for the base model's config.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),

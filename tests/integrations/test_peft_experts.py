@@ -20,8 +20,7 @@ from tests.family_models import assert_trains_like_peft, gradients, outputs, var
 from tests.models import VOCAB, fingerprint, plain, randomise
 
 pytestmark = [
-    # PEFT asks transformers for a property by its old name, and looks for the base model's config.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT looks for the base model's config.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     # PEFT looks for the keys among modules alone, and follows them nevertheless.

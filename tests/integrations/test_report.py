@@ -2,14 +2,9 @@
 """What the report of `pyfast.accelerate` names: the first of each kind, and what comes first."""
 
 import peft
-import pytest
 
 import pyfast
 from tests.models import llama
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
 
 
 def test_the_report_of_our_own_layers_names_the_first():

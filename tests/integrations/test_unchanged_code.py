@@ -20,8 +20,7 @@ import pyfast
 from tests.models import VOCAB, gpt2, llama, logits, plain, randomise, token_ids, train, twin
 
 pytestmark = [
-    # PEFT and TRL ask transformers for properties by their old names.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # TRL asks transformers for a property by its old name.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),

@@ -15,8 +15,7 @@ from tests.family_models import VARIANTS, batch, variant
 from tests.matrix.methods import METHODS
 
 MARKS = [
-    # PEFT asks transformers for a property by its old name, and looks for the base model's config.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT looks for the base model's config.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     # A file of an NF4 base does not say that a dense base has `Conv1D`; PEFT sees it.
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),

@@ -25,8 +25,6 @@ from tests.models import (
 )
 
 pytestmark = [
-    # PEFT asks transformers for a property by its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
 ]
 

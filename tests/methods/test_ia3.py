@@ -23,9 +23,6 @@ from pyfast.nn.ia3 import IA3Linear
 from tests.family_models import VARIANTS, batch, outputs, variant
 from tests.models import fingerprint, gpt2, llama, logits, plain, train, twin
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
 DENSE = [name for name in VARIANTS if name != "mixtral"]
 ALL = {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 

@@ -27,11 +27,6 @@ from tests.models import (
     twin,
 )
 
-# PEFT asks transformers for a property by its old name.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 CONFIGS = {
     "default": {},
     "names": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 3},

@@ -12,10 +12,6 @@ from pyfast import LoraConfig
 from pyfast.errors import ConfigError, NoGradientError
 from tests.models import llama, plain, token_ids
 
-# PEFT asks transformers for a property by its old name.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
 RATES = {"lr": 1e-3, "loraplus_lr_ratio": 16.0}
 CONFIGS = {
     "linears": {"target_modules": "all-linear"},

@@ -17,7 +17,6 @@ from tests.family_models import VARIANTS, batch, outputs, variant
 from tests.models import fingerprint, gpt2, llama, logits, token_ids
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:Position ids are not supported:UserWarning",
     "ignore:Could not find a config file:UserWarning",
 )

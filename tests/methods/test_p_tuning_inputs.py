@@ -14,7 +14,6 @@ from tests.methods.test_p_tuning import V, cache_name, config, pefts, prompted
 from tests.models import llama, logits, token_ids
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:Could not find a config file:UserWarning",
 )
 

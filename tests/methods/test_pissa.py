@@ -14,9 +14,8 @@ from pyfast import LoraConfig
 from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
 from tests.models import fingerprint, gpt2, llama, logits, plain, randomise, train, twin
 
-# PEFT asks transformers for a property by its old name.
+# PEFT looks for the base model's config.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:Could not find a config file:UserWarning",
 )
 

@@ -17,11 +17,6 @@ from tests.models import llama, randomise, token_ids
 
 pytest.importorskip("bitsandbytes")
 
-pytestmark = [
-    # PEFT asks transformers for a property by its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
-
 
 def on_any_device(layer, base, a, b, scale, dropout, drops):
     """`part_of` without its condition that NF4 weights lie on a GPU."""

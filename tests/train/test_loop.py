@@ -280,7 +280,6 @@ def test_resume_names_a_damaged_checkpoint(make_config: Any) -> None:
         finetune(config)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by PEFT
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_what_a_run_leaves_behind(make_config: Any, tiny_model: Path, method: str) -> None:
     config = make_config(method=method, steps=8, samples=2, eval_every=4, save_every=4)
