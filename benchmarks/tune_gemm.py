@@ -32,7 +32,7 @@ LAYERS = [(4096, 4096), (4096, 1024), (4096, 6144), (4096, 14336), (4096, 28672)
 LARGE = [(8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)]
 SHAPES = [(m, *layer) for m in (512, 2048, 8192) for layer in LAYERS]
 SHAPES += [(m, *layer) for m in (2048, 8192) for layer in LARGE]
-SPECIAL = ("masked", "making", "sm80")
+SPECIAL = ("masked", "making", "scaled", "sm80")
 """Words in the names of kernels that are chosen for what else they do, or for other GPUs."""
 HEADER = """\
 // By out feature?, M, K, N: {{kernel, swizzle, along N}}. In the comment: time with rank {rank} over the

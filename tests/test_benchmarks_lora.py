@@ -201,10 +201,11 @@ def test_the_table_chooses_from_plain_kernels() -> None:
         "gemm_sm90_128x256_2x1",
         "gemm_sm90_128x256_2x1_masked",
         "gemm_sm90_2x1_making_16",
+        "gemm_sm90_128x256_2x1_scaled",
         "x",
         "gemm_sm80_128x256",
     ]
-    assert tune_gemm.tuned_kernels(names) == [0, 3]
+    assert tune_gemm.tuned_kernels(names) == [0, 4]
 
 
 def test_the_tuning_calls_the_kernel_as_it_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,10 @@ std::string_view forward(const Forward& params, const Placement& place) {
   GemmArgs gemm = gemm_args(params, false);
   MakingPlan making;  // where the GEMM makes z
   if (params.w != nullptr && !given) making = plan_making_of(params, gemm, place.device);
+  if (params.columns != nullptr && making.columns > 0) {
+    making.gemm.kernel = kGemmMaking16Scaled;
+    if (params.r > kSideRank) making = {};
+  }
   const bool makes = making.columns > 0;
   Factors factors(params.dtype, params.adapter_dtype, arena);
   Factor a, b;
@@ -214,8 +218,9 @@ std::string_view forward(const Forward& params, const Placement& place) {
     if (params.seed != nullptr) add_dropout(params, &z);
     by_rank({z, order}, params.r, sm_count, place.stream);
   }
-  PYFAST_CHECK(params.w != nullptr || params.columns == nullptr, kOp,
-               ": columns are scaled by the GEMM alone");
+  PYFAST_CHECK(params.columns == nullptr ||
+                   (params.w != nullptr && params.by_out && params.dtype == DType::bf16),
+               kOp, ": columns are scaled by the GEMM alone, of bfloat16 with W by out feature");
   if (params.w == nullptr) return {};
 
   gemm.x = params.x, gemm.pitch_x = params.pitch_x;

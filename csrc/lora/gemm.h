@@ -62,7 +62,7 @@ struct GemmArgs {
   void* z = nullptr;
   const void* b = nullptr;
   const void* bias = nullptr;
-  const float* columns = nullptr;  // c [N]; null: 1
+  const float* columns = nullptr;  // c [N]; null: 1; needs a plan with a kernel for it
   void* y = nullptr;
   std::int64_t pitch_x = 0, pitch_w = 0, pitch_z = 0, pitch_b = 0, pitch_y = 0;
   int m = 0, n = 0, k = 0, r = 0;
@@ -81,8 +81,8 @@ struct GemmPlan {
   int blocks = 0;  // of the grid; 0: as few as the waves need
 };
 
-// Tile, schedule, cluster; what four of them are for: a mask, making z of up to 16 or 128 ranks,
-// and both for 16 ranks. Those for sm_80 do neither.
+// Tile, schedule, cluster; what some of them are for: a mask, making z of up to 16 or 128 ranks,
+// both for 16 ranks, and factors of columns. Those for sm_80 take factors only.
 inline constexpr std::string_view kGemmNames[] = {
     "gemm_sm90_128x256_cooperative_2x1",
     "gemm_sm90_128x128_pingpong_1x2",
@@ -90,11 +90,14 @@ inline constexpr std::string_view kGemmNames[] = {
     "gemm_sm90_128x256_cooperative_2x1_making_16",
     "gemm_sm90_128x256_cooperative_2x1_making_128",
     "gemm_sm90_128x256_cooperative_2x1_making_16_masked",
+    "gemm_sm90_128x256_cooperative_2x1_scaled",
+    "gemm_sm90_128x256_cooperative_2x1_making_16_scaled",
     "gemm_sm80_128x256",
     "gemm_sm80_128x128",
 };
 inline constexpr int kGemmMasked = 2, kGemmMaking16 = 3, kGemmMaking128 = 4, kGemmMakingDrop = 5;
-inline constexpr int kGemmSm80Wide = 6, kGemmSm80Narrow = 7;
+inline constexpr int kGemmScaled = 6, kGemmMaking16Scaled = 7;
+inline constexpr int kGemmSm80Wide = 8, kGemmSm80Narrow = 9;
 
 // The measured plan of the nearest shape in gemm_plans.inc.
 GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k);

@@ -114,7 +114,10 @@ std::string_view launch_product(const GemmArgs& args, const MakingPlan& making,
   int k = args.k;
   for (const Pair& pair : args.more) k += pair.k;
   GemmPlan plan = plan_gemm_on(place.device, args.by_out, args.m, args.n, k);
-  if (args.mask.seed != nullptr && plan.kernel < kGemmSm80Wide) plan.kernel = kGemmMasked;
+  if (plan.kernel < kGemmSm80Wide) {
+    if (args.mask.seed != nullptr) plan.kernel = kGemmMasked;
+    if (args.columns != nullptr) plan.kernel = kGemmScaled;
+  }
   if (making.columns == 0) {
     launch_gemm(args, plan, sm_count, true, place.stream);
     return kGemmNames[plan.kernel];

@@ -171,7 +171,7 @@ def forward(
     m = x.numel() // k
     columns, nf4 = _Columns.of(x, magnitude, norms), Nf4(*quantized)
     plan = _forward_plan(x, weight, a, b, nf4.absmax, nf4.blocksize)
-    factors = columns.factors() if plan.gemm else None
+    factors = columns.factors() if plan.gemm and plan.by_out else None
     y, z = _lora_launch.forward(
         plan, x, weight, None, a, b, scale, 0.0, None, *nf4, columns=factors
     )
@@ -183,7 +183,7 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, z: Tensor, y: Tensor, weight: Tensor, a: Tensor, b: Tensor,
+    grad_y: Tensor, x: Tensor, z: Tensor | None, y: Tensor | None, weight: Tensor, a: Tensor, b: Tensor,
     magnitude: Tensor, norms: Tensor, scale: float, absmax: Tensor | None,
     nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -202,7 +202,7 @@ def backward(
         if through and not by_weight:
             scaled = grad_y.new_empty(grad_y.shape)
         if want_m:
-            parts = columns.sums(grad_y, pitch, y, scaled)
+            parts = columns.sums(grad_y, pitch, y, scaled)  # type: ignore[arg-type]
         elif scaled is not None:
             columns.scale_columns(grad_y, pitch, scaled)
     if by_weight:

@@ -64,11 +64,11 @@ def ours(x, w, a, b, magnitude):
 
 
 def served(m, k, n, by_out=True):
-    """The kernels of both directions: y is scaled as it is stored where its GEMM is ours."""
+    """The kernels of both directions: our GEMM scales y as it stores it, with W by out feature."""
     pitch = k if by_out else n
     gemm, _ = _extension.C.lora_gemm_name(0, m, n, k, pitch, by_out, False)
     return {
-        "dora_linear": f"dora_linear_{'epilogue' if gemm else 'columns'}",
+        "dora_linear": f"dora_linear_{'epilogue' if gemm and by_out else 'columns'}",
         "dora_linear_backward": f"dora_linear_{'weight' if m >= 2 * k else 'columns'}",
     }
 
@@ -293,6 +293,6 @@ def test_with_the_gemm_for_sm80(shape, rank):
         with sm80(), _library.recorded_kernels() as kernels:
             found = results(*args, ours)
         names = dict(kernels)
-        assert names["dora_linear"] == "dora_linear_epilogue"
+        assert names["dora_linear"] == f"dora_linear_{'epilogue' if by_out else 'columns'}"
         assert names["lora_linear"].startswith("gemm_sm80")
         check(args, found)
