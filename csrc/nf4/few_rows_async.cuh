@@ -80,7 +80,7 @@ struct Slots {
   int count, slot = 0, phase = 0;
   __device__ __forceinline__ Slots(std::uint32_t barriers, int slots)
       : full(barriers), empty(barriers + 8 * slots), count(slots) {}
-  // By one thread; `producers` threads fill a slot, `consumers` warps empty it.
+  // By one thread; so many arrivals fill a slot, and so many empty it.
   __device__ __forceinline__ void init(int consumers, int producers = 1) const {
     for (int i = 0; i < count; ++i) {
       barrier_init(full + 8 * i, producers);

@@ -27,6 +27,7 @@ namespace pyfast::nf4::few {
 
 constexpr int kGroups = 2, kGroupThreads = 128, kGroupRows = 64;
 constexpr int kTileRows = kGroups * kGroupRows;
+static_assert(kConsumers == kGroups * kGroupThreads);
 constexpr int kBlockRow = kBlock * 2;  // bytes of a row of x
 
 // With so many tokens, scaling a weight costs less than scaling all sums.
@@ -56,7 +57,6 @@ struct WgmmaTask {
 // The half of each row of the table that is free holds what is small.
 template <int kTokens>
 struct WgmmaLayout {
-  static constexpr int kConsumers = kGroups * kGroupThreads;
   static constexpr int kThreads = kConsumers + kGroupThreads;
   static constexpr int kSlotW = kTileRows * kChunkRow;
   // Few tokens take so short that waiting for every block by itself would show.
@@ -137,7 +137,7 @@ template <class Layout, bool kNested, bool kFixed>
 __device__ __forceinline__
     void feed_scales(const FewRowsParams& args, const WgmmaTask& task, char* storage, Slots w) {
   constexpr int kRows = kTileRows / 64;  // of a thread, 64 apart
-  const int thread = static_cast<int>(threadIdx.x) - Layout::kConsumers - 64;
+  const int thread = static_cast<int>(threadIdx.x) - kConsumers - 64;
   float* const map = reinterpret_cast<float*>(storage + Layout::kMap);
   if constexpr (kNested) {
     for (int i = thread; i < 256; i += 64) map[i] = d_dynamic_map[i];
@@ -174,8 +174,7 @@ __device__ __forceinline__
       const int row = thread + j * 64;
       *reinterpret_cast<float4*>(to + row / 8 * kTableRow + row % 8 * 16) = values[j];
     }
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(w.full_at());
+    barrier_arrive(w.full_at());
     w.next();
   }
 }
@@ -230,8 +229,7 @@ __device__ __forceinline__ void multiply(float (&total)[kTokens / 2], const char
     }
   };
   const auto close_chunk = [&]() __attribute__((always_inline)) {
-    __syncwarp();  // every lane has its words
-    if (lane == 0) barrier_arrive(w.empty_at());
+    barrier_arrive(w.empty_at());
     w.next();
   };
   const auto load = [&](int step) __attribute__((always_inline)) {
@@ -315,22 +313,53 @@ __device__ __forceinline__ void multiply(float (&total)[kTokens / 2], const char
   ring_x.slot = x.slot, ring_x.phase = x.phase;
 }
 
-// Stores the first kCount sums of a warp: rows row + g and row + g + 8 of tokens from `token` on.
+// Eight lines of eight 2-byte values, of which lane 4 g + t has those at 2 t of line g: the same of
+// the columns.
+__device__ __forceinline__ std::uint32_t transpose(std::uint32_t pair) {
+  std::uint32_t turned;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
+}
+
+// Stores the first kCount sums of a warp, which has 16 rows from `row` on of tokens from `token`
+// on, as far as rows are below `end`: four rows of a token at a time, 32 bytes side by side.
 template <class T, int kCount, int kSums>
 __device__ __forceinline__ void store(const FewRowsParams& args, const float (&total)[kSums],
-                                      int row, bool first, bool second, int token) {
-  const T* bias = static_cast<const T*>(args.bias) + row;
-  const float bias_first = first && args.bias != nullptr ? widen(bias[0]) : 0.0F;
-  const float bias_second = second && args.bias != nullptr ? widen(bias[8]) : 0.0F;
-  token += static_cast<int>(threadIdx.x % 4) * 2;
+                                      int row, int end, int token) {
+  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const bool odd = t % 2 == 1;
+  const auto bias_of = [&](int at) __attribute__((always_inline)) {
+    const bool exists = args.bias != nullptr && at < end;
+    return exists ? widen(static_cast<const T*>(args.bias)[at]) : 0.0F;
+  };
+  const float bias[2] = {bias_of(row + g), bias_of(row + g + 8)};
+  row += (odd ? 8 : 0) + t / 2 * 4;
+  token += g;
   T* to = static_cast<T*>(args.y) + token * args.pitch_y + row;
+  const bool whole = row + 4 <= end && args.pitch_y % 4 == 0 &&
+                     reinterpret_cast<std::uintptr_t>(to) % sizeof(uint2) == 0;
 #pragma unroll
-  for (int j = 0; j < kCount; j += 2) {
-    const int odd = j / 2 % 2, at = j / 4 * 4 + odd;  // sums of one token, rows g and g + 8
-    const bool exists = token + j / 4 * 8 + odd < args.m;
-    if (exists && first) narrow(total[at] + bias_first, to);
-    if (exists && second) narrow(total[at + 2] + bias_second, to + 8);
-    to += odd == 0 ? args.pitch_y : 7 * args.pitch_y;
+  for (int j = 0; j < kCount; j += 4) {
+    const std::uint32_t upper = transpose(pair_of<T>(total[j] + bias[0], total[j + 1] + bias[0]));
+    const std::uint32_t lower =
+        transpose(pair_of<T>(total[j + 2] + bias[1], total[j + 3] + bias[1]));
+    // Of two lanes with rows 2 t and 2 t + 2, of either half, one gets the upper four.
+    const std::uint32_t other = __shfl_xor_sync(~0U, odd ? upper : lower, 1);
+    const uint2 four = odd ? make_uint2(other, lower) : make_uint2(upper, other);
+    if (token < args.m) {
+      if (whole) {
+        *reinterpret_cast<uint2*>(to) = four;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const std::uint32_t pair = i < 2 ? four.x : four.y;
+          const auto value = static_cast<unsigned short>(i % 2 == 0 ? pair : pair >> 16);
+          if (row + i < end) reinterpret_cast<unsigned short*>(to)[i] = value;
+        }
+      }
+    }
+    to += 8 * args.pitch_y;
+    token += 8;
   }
 }
 
@@ -354,13 +383,14 @@ __global__ void __launch_bounds__(WgmmaLayout<kTokens>::kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&map_w);
     prefetch_map(&map_x);
-    w.init(4 * kGroups, 3);
+    w.init(kConsumers, 1 + 64);  // each thread that reads, or writes a scale, and TMA's
     x.init(4 * kGroups);
-    exchange.init(4 * kGroups);
+    exchange.init();
     fence_barriers();
   }
   if (plan.shared) {
-    meet_cluster();
+    arrive_cluster();
+    wait_cluster();
   } else {
     __syncthreads();
   }
@@ -405,28 +435,25 @@ __global__ void __launch_bounds__(WgmmaLayout<kTokens>::kThreads, 1)
   } else {
     fill_table<T>(storage);
   }
-  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(Layout::kConsumers) : "memory"); };
-  meet();
+  meet_consumers();
 
-  const int g = lane / 4, group = warp / 4, chunks = task.end - task.begin;
+  const int group = warp / 4, chunks = task.end - task.begin;
   for (int tile = 0; tile < task.tiles; ++tile) {
     float total[kSums] = {};
     if (!plan.shared) {
-      const int in_tile = warp * 16 + g, row = task.row(tile) + in_tile;
+      const int end = std::min(task.row(tile) + task.rows, args.n);
       multiply<T, kTokens, 1>(total, storage, shared, w, x, chunks, warp * 16 < task.rows);
-      store<T, kSums>(args, total, row, in_tile < task.rows && row < args.n,
-                      in_tile + 8 < task.rows && row + 8 < args.n, 0);
+      store<T, kSums>(args, total, task.row(tile) + warp * 16, end, 0);
     } else {
       const int mine = static_cast<int>(blockIdx.x) % 2 * 2 + group;
-      const int row = task.row(tile) + warp % 4 * 16 + g;
       multiply<T, kTokens, 2>(total, storage, shared, w, x, chunks, true);
-      meet();  // no product reads x any more
-      exchange.add_up(total, shared + Layout::kX, group, mine);
-      store<T, kSums / 4>(args, total, row, row < args.n, row + 8 < args.n, mine * kTokens / 4);
+      meet_consumers();  // no product reads x any more
+      exchange.add_up(total, shared + Layout::kX, group, mine, tile + 1 == task.tiles);
+      store<T, kSums / 4>(args, total, task.row(tile) + warp % 4 * 16, args.n, mine * kTokens / 4);
     }
   }
   // The other block may still read this one's sums.
-  if (plan.shared) wait_for_cluster(exchange.taken, exchange.phase ^ 1);
+  if (plan.shared) wait_cluster();
 }
 
 }  // namespace pyfast::nf4::few

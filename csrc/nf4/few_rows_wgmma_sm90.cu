@@ -17,7 +17,7 @@ WgmmaPlan make_plan(int n, int k, int sm_count) {
   const int shared_rows = sm_count / 2 * kGroupRows;
   if (n <= shared_rows || (n <= 2 * shared_rows && k >= 4096)) return {kGroupRows, true};
   const int passes = ceil_div(n, sm_count * kTileRows);
-  return {ceil_div(n, sm_count * passes), false};
+  return {ceil_div(ceil_div(n, sm_count * passes), 4) * 4, false};  // as rows are stored
 }
 
 template <class T, bool kNested, int kTokens>
