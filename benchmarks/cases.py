@@ -24,7 +24,7 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
     "sft": ((), {}),
     "p_tuning": ((), {"virtual": 20}),
     "bottleneck": (("adapter_bottleneck",), {"r": 32}),
-    "ia3": (("adapter_scale",), {}),
+    "ia3": (("adapter_scale", "scaled_linear"), {}),
 }
 """The other methods: ops that they use, and sizes of their adapters, by default in all libraries."""
 
@@ -161,7 +161,8 @@ class Case:
         factors = sum(r * (n + k) for _, _, n, k in self.linears)
         forward = weight + (read + written + factors) * itemsize
         # Backward reads dy, the weight and, for the adapter's gradients, x; it writes dx, dA and dB.
-        backward = weight + (read + written + (read + 2 * factors if r else 0)) * itemsize
+        adapted = r > 0 or self.op == "scaled_linear"
+        backward = weight + (read + written + (read + 2 * factors if adapted else 0)) * itemsize
         return forward if mode == "fwd" else forward + backward
 
 
@@ -256,6 +257,14 @@ def _adapters(sizes: list[tuple[int, int]], ranks: list[int]) -> Iterator[Case]:
             yield Case(name, "adapter_bottleneck", ("adapter_bottleneck",), shape, modes)
 
 
+def _scaled_linears(sizes: list[tuple[int, int]], rows: list[int]) -> Iterator[Case]:
+    for (n, k), m in itertools.product(sizes, rows):
+        yield Case(
+            f"scaled_linear/{n}x{k}/m{m}", "scaled_linear", ("scaled_linear",),
+            {"m": m, "n": n, "k": k}, ("fwd", "fwdbwd"),
+        )  # fmt: skip
+
+
 def _doras(sizes: list[tuple[int, int]], rows: list[int], r: int) -> Iterator[Case]:
     for (n, k), m in itertools.product(sizes, rows):
         yield Case(
@@ -286,6 +295,7 @@ def _tiny() -> Iterator[Case]:
         *_steps("llama", {"layers": 2, **TINY_LLAMA, "vocab": 96}, [(2, 8)], 4),
         *_doras(size, [4], 8),
         *_adapters([(4, 128)], [8]),
+        *_scaled_linears(size, [4]),
         *_dropouts([(4, 128)]),
     ):
         yield replace(case, name=f"tiny/{case.name}")
@@ -304,6 +314,7 @@ def all_cases(device: str) -> list[Case]:
             *_blocks("lora_qkv", LLAMA, [512], [16]),
             *_doras(square, [512], 16),
             *_adapters([(1024, 4096)], [64]),
+            *_scaled_linears(square, [512]),
             *_dropouts([(1024, 4096)]),
             *_tiny(),
         ]
@@ -327,6 +338,7 @@ def all_cases(device: str) -> list[Case]:
         *_steps("llama3_8b", {"layers": 8, **LLAMA, "vocab": 128256}, [(2, 4096), (1, 1024)], 16),
         *_doras(layers, [2048, 8192], 16),
         *_adapters([(8192, 4096), (8192, 14336)], [16, 64, 256]),
+        *_scaled_linears([*square, (4096, 14336)], [2048, 8191, 8192]),
         *_dropouts([(8192, 4096), (8192, 14336)]),
         *_tiny(),
     ]
@@ -358,6 +370,7 @@ SHORT = {
         "dora_linear/4096x4096/r16/m8192",
         "dropout/8192x4096",
         "adapter_bottleneck/8192x4096/r64",
+        "scaled_linear/4096x14336/m8192",
     ),
 }
 """Globs of the cases that take about two minutes together."""

@@ -117,6 +117,8 @@ def make_operands(case: Case, dtype: torch.dtype, device: torch.device, seed: in
         operands.extra = {"a": a, "b": b, "magnitude": normal(n, std=0.1) + 2}
     elif case.op == "adapter_scale":
         operands.extra["scale"] = normal(k)
+    elif case.op == "scaled_linear":
+        operands.extra["scale"] = 1 + normal(k, std=0.3).float()  # as IA3's parameter
     elif case.op == "adapter_bottleneck":
         operands.extra["down"] = normal.weight(r, k)
         operands.extra["up"] = normal.weight(k, r)
@@ -190,6 +192,8 @@ def oracle(operands: Operands, mode: str, keep: Keep | None = None) -> list[Tens
         y = x / (1 - DROPOUT)
     elif op == "adapter_scale":
         y = x * rest[0]
+    elif op == "scaled_linear":
+        y = (x * rest[0]) @ operands.w.double().t()
     else:
         normed = torch.nn.functional.layer_norm(x, x.shape[-1:], rest[2])
         y = x + torch.nn.functional.silu(normed @ rest[0].t()) @ rest[1].t()

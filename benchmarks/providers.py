@@ -50,11 +50,11 @@ def _reader(case: Case, copies: list[Operands]) -> Callable[[list[Tensor]], list
 
 
 def _frozen(case: Case, mode: str, copies: list[Operands]) -> Prepared:
-    if case.op != "nf4_linear":
+    if case.op not in ("nf4_linear", "scaled_linear"):
         raise Absent("there is no frozen linear in this case")
     leaves = [[operands.x] for operands in copies]
     step = step_of_one(mode, copies, lambda i: F.linear(copies[i].x, copies[i].w), leaves)
-    return Prepared(step, list, with_blas("cublas"))
+    return Prepared(step, list if case.op == "nf4_linear" else None, with_blas("cublas"))
 
 
 def _frozen_lt(case: Case, mode: str, copies: list[Operands]) -> Prepared:
@@ -75,6 +75,7 @@ def _torch(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         "nf4_linear": lambda o: F.linear(o.x, decode(o, torch.float32).to(o.dtype)),
         "dropout": lambda o: F.dropout(o.x, DROPOUT),
         "adapter_scale": lambda o: o.x * o.extra["scale"],
+        "scaled_linear": lambda o: F.linear((o.x * o.extra["scale"]).to(o.dtype), o.w),
         "adapter_bottleneck": _bottleneck,
     }
     forward = forwards[case.op]
@@ -164,6 +165,7 @@ def _pyfast(case: Case, mode: str, copies: list[Operands]) -> Prepared:
         ),
         "dropout": lambda o: ops.dropout(o.x, DROPOUT),
         "adapter_scale": lambda o: ops.adapter_scale(o.x, o.extra["scale"]),
+        "scaled_linear": lambda o: ops.scaled_linear(o.x, o.w, o.extra["scale"]),
         "adapter_bottleneck": lambda o: ops.adapter_bottleneck(
             o.x, o.extra["down"], o.extra["up"], norm_weight=o.extra["norm"]
         ),

@@ -342,6 +342,14 @@ def adapter_scale_backward(
 ) -> str: ...  # fmt: skip
 def adapter_scale_workspace(device: int, rows: int, cols: int, /) -> int: ...
 
+# csrc/adapter/scaled_gemm.h has the meaning of the arguments.
+def scaled_linear_backward(
+    device: int, stream: int, scale_dtype: int, m: int, n: int, k: int, dy: int, pitch_dy: int,
+    w: int, pitch_w: int, x: int, pitch_x: int, scale: int, parts: int, dx: int, d_scale: int, /,
+) -> str: ...  # fmt: skip
+def scaled_linear_missing(device: int, m: int, n: int, k: int, /) -> str: ...
+def scaled_linear_workspace(m: int, k: int, /) -> int: ...
+
 # csrc/remake/norm.h has the meaning of the arguments.
 def remake_norm(
     device: int,

@@ -186,6 +186,27 @@ def _scale_backward(shape, wanted):
     return make
 
 
+def _scaled_linear(m, n, k, bias):
+    """With a frozen weight and a float32 scale, as IA3 has them."""
+
+    def make(device, dtype):
+        x = seeded((*m, k), seed=2, dtype=dtype, device=device).requires_grad_()
+        w = seeded((n, k), seed=1, dtype=dtype, device=device, scale=k**-0.5)
+        b = seeded((n,), seed=4, dtype=dtype, device=device).requires_grad_() if bias else None
+        return (x, w, seeded((k,), seed=3, device=device).requires_grad_(), b)
+
+    return make
+
+
+def _scaled_linear_backward(m, n, k, wanted):
+    def make(device, dtype):
+        x, w, scale, _ = _scaled_linear(m, n, k, False)(device, dtype)
+        dy = seeded((*m, n), seed=6, dtype=dtype, device=device)
+        return (dy, x.detach(), w, scale.detach(), wanted)
+
+    return make
+
+
 def bottleneck_args(m, k, r, device, dtype, *, norm, biases, activation):
     """Arguments of the raw `adapter_bottleneck`."""
 
@@ -286,6 +307,12 @@ CASES: list[OpCase] = [
     OpCase("adapter_scale", "empty", _scale((0, 10))),
     OpCase("adapter_scale_backward", "both", _scale_backward((2, 3, 10), [True, True])),
     OpCase("adapter_scale_backward", "scale", _scale_backward((4, 10), [False, True])),
+    OpCase("scaled_linear", "bias", _scaled_linear((2, 3), 4, 10, True)),
+    OpCase("scaled_linear", "few-rows", _scaled_linear((3,), 8, 10, False)),
+    OpCase("scaled_linear", "empty", _scaled_linear((0,), 4, 10, True)),
+    OpCase("scaled_linear_backward", "both", _scaled_linear_backward((2, 3), 4, 10, [True, True])),
+    OpCase("scaled_linear_backward", "scale", _scaled_linear_backward((4,), 8, 10, [False, True])),
+    OpCase("scaled_linear_backward", "x", _scaled_linear_backward((4,), 8, 10, [True, False])),
     OpCase(
         "adapter_bottleneck",
         "nemo",

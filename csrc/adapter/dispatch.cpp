@@ -5,6 +5,7 @@
 
 #include "adapter/kernels.h"
 #include "adapter/scale.h"
+#include "adapter/scaled_gemm.h"
 #include "common/check.h"
 #include "common/launch.h"
 
@@ -19,6 +20,8 @@ constexpr std::string_view kOp = "adapter_bottleneck";
 constexpr std::string_view kName = "adapter_bottleneck_cuda";
 constexpr std::string_view kScale = "adapter_scale_backward";
 constexpr std::string_view kScaleName = "adapter_scale_backward_cuda";
+constexpr std::string_view kScaled = "scaled_linear_backward";
+constexpr std::string_view kScaledName = "scaled_linear_backward_sm90";
 
 #ifdef PYFAST_CUDA
 
@@ -246,17 +249,88 @@ std::string_view scale_backward(const ScaleArgs& args, const Placement& place) {
   return kScaleName;
 }
 
+std::string scaled_gemm_missing([[maybe_unused]] std::int64_t m, [[maybe_unused]] std::int64_t n,
+                                [[maybe_unused]] std::int64_t k, [[maybe_unused]] int device) {
+#ifdef PYFAST_SM90
+  constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 256;
+  const int sm = cuda_device(device).sm;
+  if (sm / 10 != 9) {
+    return concat("the GEMM needs compute capability 9.0, device ", device, " has ", sm / 10, ".",
+                  sm % 10);
+  }
+  if (n <= 0 || k <= 0 || n % 8 != 0 || k % 8 != 0) {
+    return concat("in and out features must be multiples of 8, got ", k, " and ", n);
+  }
+  if (m <= 0 || std::max({m, n, k}) > kMost) {
+    return concat("rows and features must be from 1 to ", kMost);
+  }
+  if (lora::plan_gemm(false, m, k, n).kernel < 0) {
+    return concat("torch's GEMM is faster for ", m, " rows, ", k, " to ", n, " features");
+  }
+  return {};
+#else
+  return "this build has no kernels for sm_90a";
+#endif
+}
+
+std::int64_t scaled_gemm_workspace(std::int64_t m, std::int64_t k) {
+  return ceil_div(m, kScaledTileM) * ceil_div(k, kScaledTileN) * kScaledTileN * 4;
+}
+
+std::string_view scaled_gemm(const ScaledGemmArgs& args, const Placement& place) {
+  PYFAST_CHECK(!place.on_cpu(), kScaled, ": this kernel runs on cuda");
+  const std::string missing = scaled_gemm_missing(args.m, args.n, args.k, place.device);
+  PYFAST_CHECK(missing.empty(), kScaled, ": ", missing);
+  check_dtype(kScaled, args.d_scale_dtype);
+  check_pointer(kScaled, "dy", args.dy);
+  check_pointer(kScaled, "weight", args.w);
+  check_pointer(kScaled, "x", args.x);
+  check_pointer(kScaled, "scale", args.scale);
+  check_pointer(kScaled, "dx", args.dx);
+  check_pointer(kScaled, "parts", args.parts);
+#ifdef PYFAST_SM90
+  const DeviceGuard guard(place.device);
+  launch_scaled_gemm_sm90(args, lora::plan_gemm(false, args.m, args.k, args.n),
+                          cuda_device(place.device).sm_count, place.stream);
+  if (args.d_scale != nullptr) {
+    launch_scale_sum({.parts = args.parts,
+                      .bands = static_cast<int>(ceil_div(args.m, kScaledTileM)),
+                      .pitch = ceil_div(args.k, kScaledTileN) * kScaledTileN,
+                      .cols = args.k,
+                      .dtype = args.d_scale_dtype,
+                      .out = args.d_scale},
+                     place.stream);
+  }
+#endif
+  return kScaledName;
+}
+
 #endif
 
 std::vector<VariantInfo> variants(std::string_view op) {
-  const bool bottleneck = op == kOp || op == "adapter_bottleneck_backward";
-  if (!bottleneck && op != kScale) return {};
-  const std::string_view name = bottleneck ? kName : kScaleName;
+  struct Row {
+    std::string_view op, name;
+    [[maybe_unused]] int min_sm;
+  };
+  constexpr Row kRows[] = {
+      {kOp, kName, 80},
+      {"adapter_bottleneck_backward", kName, 80},
+      {"adapter_scale", "adapter_scale_cuda", 80},
+      {kScale, kScaleName, 80},
+      {kScaled, kScaledName, 90},
+  };
+  for (const Row& row : kRows) {
+    if (row.op != op) continue;
 #ifdef PYFAST_CUDA
-  return {{name, true, missing_cuda(80)}};
-#else
-  return {{name, true, "this build has no CUDA kernels"}};
+#ifndef PYFAST_SM90
+    if (row.min_sm == 90) return {{row.name, true, "this build has no kernels for sm_90a"}};
 #endif
+    return {{row.name, true, missing_cuda(row.min_sm)}};
+#else
+    return {{row.name, true, "this build has no CUDA kernels"}};
+#endif
+  }
+  return {};
 }
 
 }  // namespace pyfast::adapter

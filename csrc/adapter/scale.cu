@@ -92,14 +92,15 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class S>
 __global__ void __launch_bounds__(kThreads)
-    adapter_scale_sum_kernel(const float* parts, const int bands, const std::int64_t cols, S* out) {
+    adapter_scale_sum_kernel(const float* parts, const int bands, const std::int64_t pitch,
+                             const std::int64_t cols, S* out) {
   __shared__ float sums[kWarps][kSumCols];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::int64_t col = static_cast<std::int64_t>(blockIdx.x) * kSumCols + lane;
   float sum = 0;
   if (col < cols) {
 #pragma unroll 8
-    for (int band = warp; band < bands; band += kWarps) sum += parts[band * cols + col];
+    for (int band = warp; band < bands; band += kWarps) sum += parts[band * pitch + col];
   }
   sums[warp][lane] = sum;
   __syncthreads();
@@ -139,13 +140,26 @@ void launch_scale(const ScaleArgs& args, int sm_count, void* stream_handle) {
           <<<static_cast<unsigned>(grid.slabs * grid.bands), kThreads, 0, stream>>>(
               args, static_cast<int>(grid.slabs), grid.rows, parts);
     });
-    CUDA_CHECK(kOp, cudaGetLastError());
-    if (parts == nullptr) return;
-    adapter_scale_sum_kernel<S>
-        <<<static_cast<unsigned>(ceil_div(args.cols, kSumCols)), kThreads, 0, stream>>>(
-            parts, static_cast<int>(grid.bands), args.cols, static_cast<S*>(args.d_scale));
-    CUDA_CHECK(kOp, cudaGetLastError());
   });
+  CUDA_CHECK(kOp, cudaGetLastError());
+  if (parts == nullptr) return;
+  launch_scale_sum({.parts = parts,
+                    .bands = static_cast<int>(grid.bands),
+                    .pitch = args.cols,
+                    .cols = args.cols,
+                    .dtype = args.scale_dtype,
+                    .out = args.d_scale},
+                   stream_handle);
+}
+
+void launch_scale_sum(const ScaleSum& sum, void* stream) {
+  visit_cuda_dtype(sum.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    adapter_scale_sum_kernel<S><<<static_cast<unsigned>(ceil_div(sum.cols, kSumCols)), kThreads, 0,
+                                  static_cast<cudaStream_t>(stream)>>>(
+        sum.parts, sum.bands, sum.pitch, sum.cols, static_cast<S*>(sum.out));
+  });
+  CUDA_CHECK(kOp, cudaGetLastError());
 }
 
 }  // namespace pyfast::adapter

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward of y = x * scale along the last axis: dx = dy * scale, dscale = sum over rows of dy
-// x.
+// x. The forward is dx of dy = x.
 #pragma once
 
 #include <cstdint>
@@ -33,5 +33,15 @@ std::string_view scale_backward(const ScaleArgs& args, const Placement& place);
 
 // For dispatch.cpp.
 void launch_scale(const ScaleArgs& args, int sm_count, void* stream);
+
+// Adds up what bands of rows have left, in order.
+struct ScaleSum {
+  const float* parts = nullptr;  // [bands, cols]
+  int bands = 0;
+  std::int64_t pitch = 0, cols = 0;
+  DType dtype = DType::f32;
+  void* out = nullptr;  // [cols]
+};
+void launch_scale_sum(const ScaleSum& sum, void* stream);
 
 }  // namespace pyfast::adapter

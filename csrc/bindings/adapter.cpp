@@ -2,6 +2,7 @@
 #include "adapter/adapter.h"
 
 #include "adapter/scale.h"
+#include "adapter/scaled_gemm.h"
 #include "bindings/bindings.h"
 
 namespace py = pybind11;
@@ -88,6 +89,27 @@ std::string_view scale_backward(int device, Address stream, int dtype, int scale
                                  {device, 1, pointer<void>(stream)});
 }
 
+std::string_view scaled_gemm(int device, Address stream, int scale_dtype, std::int64_t m,
+                             std::int64_t n, std::int64_t k, Address dy, std::int64_t pitch_dy,
+                             Address w, std::int64_t pitch_w, Address x, std::int64_t pitch_x,
+                             Address scale, Address parts, Address dx, Address d_scale) {
+  return adapter::scaled_gemm({.dy = pointer<const void>(dy),
+                               .pitch_dy = pitch_dy,
+                               .w = pointer<const void>(w),
+                               .pitch_w = pitch_w,
+                               .x = pointer<const void>(x),
+                               .pitch_x = pitch_x,
+                               .scale = pointer<const float>(scale),
+                               .dx = pointer<void>(dx),
+                               .parts = pointer<float>(parts),
+                               .d_scale = pointer<void>(d_scale),
+                               .d_scale_dtype = static_cast<DType>(scale_dtype),
+                               .m = m,
+                               .n = n,
+                               .k = k},
+                              {device, 1, pointer<void>(stream)});
+}
+
 }  // namespace
 
 void bind_adapter(py::module_& m) {
@@ -110,6 +132,16 @@ void bind_adapter(py::module_& m) {
         return adapter::scale_workspace(rows, cols, device);
       },
       "Bytes of partial sums that the gradient of the scale needs.");
+  m.def("scaled_linear_backward", &scaled_gemm, Unlocked(),
+        "Enqueue dx and, unless its pointer is 0, the gradient of the scale.");
+  m.def(
+      "scaled_linear_missing",
+      [](int device, std::int64_t rows, std::int64_t n, std::int64_t k) {
+        return adapter::scaled_gemm_missing(rows, n, k, device);
+      },
+      "Why torch serves a shape instead; empty where the GEMM does.");
+  m.def("scaled_linear_workspace", &adapter::scaled_gemm_workspace,
+        "Bytes of partial sums that the GEMM leaves.");
 }
 
 #else

@@ -16,10 +16,11 @@ py::list variants(const std::string& op) {
   if (rows.empty()) rows = lora::variants(op);
   if (rows.empty()) rows = adapter::variants(op);
   if (rows.empty()) rows = dora::variants(op);
-  PYFAST_CHECK(
-      !rows.empty(), "variants: there is no op \"", op,
-      "\"; there are nf4_quantize, nf4_nest, nf4_dequantize, nf4_few_rows, dropout, "
-      "lora_linear, adapter_bottleneck, adapter_scale_backward, dora_norms and dora_linear");
+  PYFAST_CHECK(!rows.empty(), "variants: there is no op \"", op,
+               "\"; there are nf4_quantize, nf4_nest, nf4_dequantize, nf4_few_rows, dropout, "
+               "lora_linear, adapter_bottleneck, adapter_scale, adapter_scale_backward, "
+               "scaled_linear_backward, "
+               "dora_norms and dora_linear");
   py::list list;
   for (const VariantInfo& row : rows) {
     py::dict item;

@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from pyfast import ops
 from pyfast.errors import AdapterMismatchError, QuantizedMergeError
-from pyfast.nn.adapter_layer import AdapterLayer
+from pyfast.nn.adapter_layer import AdapterLayer, has_hooks
 from pyfast.nn.experts import quantized_experts
 from pyfast.nn.per_sample import Samples
 from pyfast.nn.switchable import Attachment, Mergeable, check_merged
-from pyfast.nn.weight import NF4Weight
+from pyfast.nn.weight import DenseWeight, NF4Weight, weight_of
 
 
 def _product(vectors: Iterable[Tensor]) -> Tensor | None:
@@ -26,6 +26,16 @@ def _product(vectors: Iterable[Tensor]) -> Tensor | None:
     for vector in vectors:
         product = vector if product is None else product * vector
     return product
+
+
+def _frozen_linear(layer: nn.Module) -> DenseWeight | None:
+    """The weight of a plain linear layer that nothing watches and that is not trained."""
+    if type(layer) is not nn.Linear or has_hooks(layer):
+        return None
+    weight = weight_of(layer)
+    if not isinstance(weight, DenseWeight) or weight.tensor.requires_grad:
+        return None
+    return weight
 
 
 class IA3Linear(AdapterLayer):
@@ -89,9 +99,13 @@ class IA3Linear(AdapterLayer):
         adapted = self.enabled and not self.merged
         inner = self._product(True) if adapted else None
         outer = self._product(False) if adapted else None
-        if inner is not None:
-            x = ops.adapter_scale(x, inner)
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        y: Tensor
+        if inner is None:
+            y = self.base_layer(x, *args, **kwargs)
+        elif (weight := _frozen_linear(self.base_layer)) is not None and not (args or kwargs):
+            y = ops.scaled_linear(x, weight.tensor, inner, weight.bias)
+        else:
+            y = self.base_layer(ops.adapter_scale(x, inner), *args, **kwargs)
         return y if outer is None else ops.adapter_scale(y, outer)
 
     def _scaled(self, samples: Samples, x: Tensor, on_input: bool) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of the CUDA kernels behind `adapter_bottleneck` and the backward of `adapter_scale`;
+"""Launches of the CUDA kernels behind `adapter_bottleneck` and `adapter_scale`;
 csrc/adapter/adapter.h and scale.h say what they compute.
 
 One call into C++ a direction. Of many rows and more than `FUSED_RANKS` ranks torch makes dU = dy^T act(h):
@@ -169,7 +169,7 @@ def backward(
 
 
 class ScalePlan(NamedTuple):
-    """What every backward of `adapter_scale` for one signature shares; `reason` as in `Plan`."""
+    """What every call of `adapter_scale` for one signature shares; `reason` as in `Plan`."""
 
     reason: str
     device: int = 0
@@ -185,7 +185,7 @@ class ScalePlan(NamedTuple):
 
 @_library.planned
 def scale_plan(grad_y: Tensor, x: Tensor, scale: Tensor) -> ScalePlan:
-    """The plan of a backward."""
+    """The plan of a backward; of a forward with x for dy."""
     if reason := _extension.missing_cuda():
         return ScalePlan(reason)
     for tensor in (x, scale):
@@ -207,6 +207,23 @@ def scale_plan(grad_y: Tensor, x: Tensor, scale: Tensor) -> ScalePlan:
         counters,
         counters + _extension.C.adapter_scale_workspace(device, m, k),
     )
+
+
+def scale_into(out: Tensor, x: Tensor, scale: Tensor) -> str:
+    """Write x * scale to contiguous `out`; the kernel's name, or that torch multiplies and why."""
+    plan = scale_plan(x, x, scale)
+    if plan.reason:
+        torch.mul(x, scale, out=out)  # in float32 or wider, rounded once
+        return f"adapter_scale_torch ({plan.reason})"
+    x = x if plan.pitch_x else copied(x)
+    scale = scale if plan.scale_in_place else scale.contiguous()
+    source = (x.data_ptr(), plan.pitch_x or x.shape[-1])
+    # The forward is the backward's dx.
+    _extension.C.adapter_scale_backward(
+        plan.device, raw_stream(plan.device), *plan.sizes, *source, *source, scale.data_ptr(), 0,
+        out.data_ptr(), 0,
+    )  # fmt: skip
+    return "adapter_scale_cuda"
 
 
 def scale_backward(

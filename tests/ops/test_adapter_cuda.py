@@ -227,7 +227,9 @@ def test_the_backward_of_a_scale(shape, dtype, kind):
 
     with ops.recorded_kernels() as ran:
         dx, dscale = grads()
-    assert ran[1:] == [("adapter_scale_backward", "adapter_scale_backward_cuda")]
+    assert ran == [
+        ("adapter_scale", "adapter_scale_cuda"), ("adapter_scale_backward", "adapter_scale_backward_cuda")
+    ]  # fmt: skip
     assert torch.equal(dx, (dy.float() * leaves[1].float()).to(dtype))
     exact = (dy.double() * leaves[0].double()).sum(0)
     assert dscale.dtype == kind
@@ -241,6 +243,36 @@ def test_the_backward_of_a_scale(shape, dtype, kind):
         (one,) = torch.autograd.grad(ops.adapter_scale(*leaves), leaves[i], dy)
         leaves[1 - i].requires_grad_()
         assert torch.equal(one, full)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8), (7, 136), (8191, 1032), (3, 100, 16384)], ids=str)
+def test_a_scale_is_torchs_bit_for_bit(shape, dtype, kind):
+    x = seeded(shape, seed=1, dtype=dtype, device="cuda")
+    scale = seeded(shape[-1:], seed=2, dtype=kind, device="cuda")
+    pitched = torch.cat([x, x], -1)[..., shape[-1] :]
+    spread = torch.stack([scale, scale], 1)[:, 0]
+    expected = (x.float() * scale.float()).to(dtype)
+    for inputs, factors in ((x, scale), (pitched, spread)):
+        with ops.recorded_kernels() as ran:
+            got = ops.adapter_scale(inputs, factors)
+        assert ran == [("adapter_scale", "adapter_scale_cuda")]
+        assert got.is_contiguous()
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 12), torch.bfloat16), ((4, 16), torch.float64), ((0, 16), torch.bfloat16)],
+)
+def test_a_scale_that_torch_multiplies(shape, dtype):
+    x, scale = (seeded(s, seed=1, dtype=dtype, device="cuda") for s in (shape, shape[-1:]))
+    with ops.recorded_kernels() as ran:
+        got = ops.adapter_scale(x, scale)
+    ((_, name),) = ran
+    assert name.startswith("adapter_scale_torch (")
+    assert torch.equal(got, x * scale)
 
 
 def test_a_scales_backward_of_any_layout():
