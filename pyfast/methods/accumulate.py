@@ -19,7 +19,9 @@ def accumulate_in_kernels(model: nn.Module, enabled: bool = True) -> int:
     `backward()` then costs a launch and a read less for each factor from the second micro-batch on, less host
     time in all, and in half types mostly rounds once where torch's accumulation rounds twice. torch
     accumulates as ever for a factor with hooks, beside other processes (DDP, FSDP), under `torch.compile` and
-    `torch.autograd.grad`, on other devices (a warning says so), and for DoRA's magnitudes.
+    `torch.autograd.grad`, on other devices (a warning says so), and for DoRA's magnitudes. Hooks
+    are a parameter's own (`register_hook`, `register_post_accumulate_grad_hook`). One on its AccumulateGrad
+    node is not seen: it runs, is given None, and finds in `.grad` what this backward has added.
 
     Args:
         model: a model with LoRA, pyfast's or PEFT's after `accelerate`; adapters that are added later are not

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional ops: each has a schema, checks, a fake, a torch reference and autograd, and may have kernels."""
 
+from pyfast.ops import _flops  # noqa: F401
 from pyfast.ops._library import OPS, recorded_kernels
 from pyfast.ops.adapter import adapter_bottleneck, adapter_scale
 from pyfast.ops.dora import dora_linear, dora_norms
@@ -8,6 +9,7 @@ from pyfast.ops.dropout import dropout
 from pyfast.ops.lora import lora_linear
 from pyfast.ops.nf4 import NestedScales, nf4_dequantize, nf4_nest, nf4_quantize
 from pyfast.ops.nf4_linear import nf4_linear
+from pyfast.ops.scaled_linear import scaled_linear
 
 __all__ = [
     "OPS",
@@ -23,4 +25,5 @@ __all__ = [
     "nf4_nest",
     "nf4_quantize",
     "recorded_kernels",
+    "scaled_linear",
 ]

@@ -2,8 +2,9 @@
 """Gradients of factors that a kernel adds to `.grad` itself, without torch's accumulation: opt-in.
 
 It saves a launch and a read of each gradient for every backward but the first of a step, and host time in
-all. torch's accumulation, and with it what DDP hangs on it, does not run: so nothing is done in that way
+all. torch's accumulation, and with it what DDP hangs on it, gets no gradient: so nothing is done in that way
 beside other processes, for a parameter with hooks, or where `torch.autograd.grad` asks for other gradients.
+A hook on the AccumulateGrad node is not to be seen from here: it runs with None for the gradient.
 """
 
 from __future__ import annotations

@@ -21,6 +21,21 @@ def check_dtype(op: str, name: str, tensor: torch.Tensor, allowed: Sequence[torc
         raise TypeError(f"{op}: {name} must be {names}, got {got}")
 
 
+def check_weight(op: str, name: str, weight: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise TypeError unless a dense weight has x's dtype, which is that of the product."""
+    if weight.dtype is x.dtype:
+        return
+    if not weight.is_floating_point():
+        check_dtype(op, name, weight, (x.dtype,))
+    got, expected = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, weight))
+    # Autocast leaves float64 alone.
+    helps = torch.float64 not in (x.dtype, weight.dtype)
+    raise TypeError(
+        f"{op}: x is {got} and {name} {expected}. Fix: cast x to {expected}"
+        + (", or call the model under torch.autocast" if helps else "")
+    )
+
+
 def check_shape(op: str, name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
     """Raise ValueError unless the tensor's shape is `expected`."""
     if tuple(tensor.shape) != tuple(expected):

@@ -116,12 +116,13 @@ def define(
 
         _LIB.impl(name, route, "Autograd")
     served = devices if kernel is not None else ()
-    call = _caller(overload, kernels, autograd)
+    call = _caller(name, overload, kernels, autograd)
     OPS[name] = Op(name, overload, call, reference, served, autograd is not None)
     return call
 
 
 def _caller(
+    name: str,
     overload: Any,
     kernels: dict[int, Callable[..., Any]],
     autograd: type[Function] | None,
@@ -134,9 +135,13 @@ def _caller(
     # Function.apply's own first half is about transforms, which an eager call is known to be free of.
     attach = None if autograd is None else super(Function, autograd).apply  # type: ignore[misc]
 
+    def dispatched(*args: Any) -> Any:
+        refuse_nested(name, *args)
+        return overload(*args)
+
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _undisturbed(args):
-            return overload(*args)
+            return dispatched(*args)
         kernel, wanted = None, False
         for place in places:
             arg = args[place]
@@ -144,7 +149,7 @@ def _caller(
                 continue
             found = kernels.get(keys_of(arg).raw_repr()) if isinstance(arg, Tensor) else None
             if found is None or found is not (kernel or found):
-                return overload(*args)
+                return dispatched(*args)
             kernel, wanted = found, wanted or arg.requires_grad
         if kernel is None or not (wanted and torch.is_grad_enabled()):
             return (kernel or overload)(*args)
@@ -164,6 +169,16 @@ def _undisturbed(args: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def refuse_nested(op: str, *args: Any) -> None:
+    """Raise for nested tensors, jagged and strided ones."""
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.is_nested:
+            raise UnsupportedError(
+                f"pyfast.{op} does not take nested tensors. Fix: a padded batch with its attention mask, or "
+                "the packed rows, x.values() of a jagged one, with a mask that keeps sequences apart."
+            )
 
 
 def _refuse_transforms(op: str, args: tuple[Any, ...]) -> None:

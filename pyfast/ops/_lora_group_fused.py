@@ -30,7 +30,8 @@ def _call(
     plan: Plan,
     stream: int,
     space: Tensor,
-    x: Tensor,
+    x: Tensor | None,
+    k: int,
     scale: float,
     z: Tensor,
     given: bool,
@@ -39,8 +40,8 @@ def _call(
     share_device()
     counters = space.data_ptr()
     return (
-        plan.device, stream, *plan.types, plan.rows, x.shape[-1], x.data_ptr(), plan.pitch_x, scale,
-        z.data_ptr(), z.shape[1], given, counters + plan.counters, counters,
+        plan.device, stream, *plan.types, plan.rows, k, _extension.ptr(x), plan.pitch_x, scale,
+        z.data_ptr(), plan.columns[-1], given, counters + plan.counters, counters,
     )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def forward(
         low_rank(z, as_matrix(x), stacked(a, x.dtype).t(), scale)
     stream = raw_stream(plan.device)
     with scratch_lock:
-        dense = weights.dense(x)
+        dense = weights.dense(x, x.shape[-1])
         call = [
             (*b_nr.shape, first, w_nk.data_ptr(), w_nk.stride(0), a_rk.data_ptr(), b_nr.data_ptr(),
              _extension.ptr(bias), 0, y.data_ptr(), 0, 0, 0)
@@ -64,18 +65,18 @@ def forward(
         ]  # fmt: skip
         space = workspace(x, stream, plan.space, plan.counters)
         served = _extension.C.lora_group_forward(
-            *_call(plan, stream, space, x, scale, z, plan.torch_low), call
+            *_call(plan, stream, space, x, x.shape[-1], scale, z, plan.torch_low), call
         )
     _library.record("lora_group", served)
     return ys
 
 
 def backward(
-    plan: Plan, dys: dict[int, tuple[Tensor, int]], x: Tensor, z: Tensor, scale: float,
+    plan: Plan, dys: dict[int, tuple[Tensor, int]], x: Tensor | None, z: Tensor | None, scale: float,
     weights: Weights, a: Sequence[Tensor], b: Sequence[Tensor], want_x: bool,
     want_a: Sequence[bool], want_b: Sequence[bool], room: Mapping[int, Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """The wanted of dx, dA_i and dB_i; `room`: see `_lora_group_launch.backward`."""
+    """The wanted of dx, dA_i and dB_i; x, z and `room`: see `_lora_group_launch.backward`."""
     a = contiguous(a)
     ranks = [b[i].shape[1] for i in dys]
     lies = [0, *itertools.accumulate(map(padded, ranks))]
@@ -83,7 +84,8 @@ def backward(
     given = plan.torch_low or (many and not want_x and lies[-1] > FEW_RANKS)
     # A member's columns of dz; zeros between them where torch fills it.
     whole = not given or all(r % 8 == 0 for r in ranks)
-    dz = (x.new_empty if whole else x.new_zeros)(plan.rows, lies[-1])
+    any_dy, k = next(iter(dys.values()))[0], a[0].shape[1]
+    dz = (any_dy.new_empty if whole else any_dy.new_zeros)(plan.rows, lies[-1])
     low = {i: dz[:, at : at + r] for i, at, r in zip(dys, lies, ranks, strict=False)}
     if given and (want_x or any(want_a)):
         for i, (dy, _) in dys.items():
@@ -97,24 +99,25 @@ def backward(
         for i, by_torch in zip(dys, torch_b, strict=True)
         if want_b[i] and not by_torch
     }
-    grad_x = [x.new_empty(x.shape)] if want_x else []
+    grad_x = [any_dy.new_empty((*any_dy.shape[:-1], k))] if want_x else []
     stream = raw_stream(plan.device)
     with scratch_lock:
-        dense = weights.dense(x) if want_x else weights.tensors
+        dense = weights.dense(dz, k) if want_x else weights.tensors
         call = [
             (*b[i].shape, plan.columns[i], dense[i].data_ptr(), dense[i].stride(0), a[i].data_ptr(),
              b[i].data_ptr(), dy.data_ptr(), pitch, _extension.ptr(grads_a.get(i)),
              _extension.ptr(grads_b.get(i)), i in room, MOST + i in room)
             for i, (dy, pitch) in dys.items()
         ]  # fmt: skip
-        space = workspace(x, stream, plan.space, plan.counters)
+        space = workspace(dz, stream, plan.space, plan.counters)
+        some_z = dz if z is None else z  # which is not read where no dB_i is wanted
         served = _extension.C.lora_group_backward(
-            *_call(plan, stream, space, x, scale, z, given), call, dz.data_ptr(),
+            *_call(plan, stream, space, x, k, scale, some_z, given), call, dz.data_ptr(),
             grad_x[0].data_ptr() if want_x else 0,
         )  # fmt: skip
     _library.record("lora_group_backward", served or "lora_group_skinny")
     if torch_a and any(want_a):
-        all_a = factor_grad(dz.t(), as_matrix(x), a[0].dtype)
+        all_a = factor_grad(dz.t(), as_matrix(x), a[0].dtype)  # type: ignore[arg-type]
         for i, at, r in zip(dys, lies, ranks, strict=False):
             if want_a[i]:
                 part = all_a[at : at + r]
@@ -122,7 +125,7 @@ def backward(
     for i, (dy, _) in dys.items():
         if want_b[i] and i not in grads_b:
             first = plan.columns[i]
-            z_mr = z[:, first : first + b[i].shape[1]]
+            z_mr = some_z[:, first : first + b[i].shape[1]]
             grads_b[i] = factor_grad(as_matrix(dy).t(), z_mr, b[i].dtype, room.get(MOST + i))
     return [
         *grad_x,

@@ -69,20 +69,25 @@ class Plan(NamedTuple):
     space: int = 0
 
 
-def plan(x: Tensor, scales: tuple[float, ...], blocksize: int, *tensors: Tensor | None) -> Plan:
-    """The plan of a forward, or of a backward where the dy_i follow the other tensors."""
+def plan(
+    x: Tensor | None, scales: tuple[float, ...], blocksize: int, *tensors: Tensor | None
+) -> Plan:
+    """The plan of a forward, or of a backward, which may have no x to read, where the dy_i follow the other
+    tensors."""
     weights, a, b, absmax, _, _, *dys = members(tensors, len(scales))
-    if reason := next(filter(None, map(missing, itertools.repeat(x), a, b)), ""):
+    like: Tensor = x if x is not None else next(dy for dy in dys[0] if dy is not None)
+    if reason := next(filter(None, map(missing, itertools.repeat(like), a, b)), ""):
         return Plan(reason)
     if len(set(scales)) > 1:
         return Plan(f"the members' scales differ: {', '.join(f'{scale:g}' for scale in scales)}")
     if len({a_rk.dtype for a_rk in a}) > 1:
         return Plan("the factors of the members must share a dtype")
-    device, k = x.device.index, x.shape[-1]
-    m, at = x.numel() // k, columns(a)
+    device, k = like.device.index, a[0].shape[1]
+    m, at = like.shape[:-1].numel(), columns(a)
+    x_in_place, pitch_x = (True, k) if x is None else in_place(x, k)
     counters = 4 * _extension.C.lora_counters
     shapes, why = _shapes(weights, b, absmax, k, dys[0] if dys else (x,) * len(b))
-    few = not dys and m > 0 and _few_rows(x, weights, absmax, blocksize)
+    few = not dys and m > 0 and _few_rows(like, weights, absmax, blocksize)
     gemm = ""
     if few:
         why = "few rows of NF4 weights"
@@ -96,11 +101,12 @@ def plan(x: Tensor, scales: tuple[float, ...], blocksize: int, *tensors: Tensor 
     return Plan(
         "",
         device,
-        (_extension.DTYPES[x.dtype], _extension.DTYPES[a[0].dtype]),
+        (_extension.DTYPES[like.dtype], _extension.DTYPES[a[0].dtype]),
         m,
         gemm,
         f"lora_group_skinny ({why})" if why else "lora_group_skinny",
-        *in_place(x, k),
+        x_in_place,
+        pitch_x,
         tuple(
             (True, 0) if dy is None else in_place(dy, dy.shape[-1]) for each in dys for dy in each
         ),
@@ -150,7 +156,7 @@ class Weights(NamedTuple):
     def products(self, x_mk: Tensor, biases: Sequence[Tensor | None], few: bool) -> list[Tensor]:
         """x W_i^T + bias_i by torch, or of few rows from NF4 bytes; under the caller's lock."""
         if not few:
-            dense = zip(self.dense(x_mk), biases, strict=True)
+            dense = zip(self.dense(x_mk, x_mk.shape[1]), biases, strict=True)
             return [linear(x_mk, w_nk, bias) for w_nk, bias in dense]
         parts = zip(self.tensors, self.features, biases, *self.nf4, strict=True)
         return [
@@ -158,16 +164,16 @@ class Weights(NamedTuple):
             for w, n, bias, absmax, nested_absmax, offset in parts
         ]
 
-    def dense(self, x: Tensor) -> list[Tensor]:
-        """Dense ones of x's dtype; NF4 ones are decoded into the scratch buffer, under the caller's lock."""
-        k, absmax = x.shape[-1], self.nf4[0]
+    def dense(self, like: Tensor, k: int) -> list[Tensor]:
+        """Dense ones of that dtype; NF4 ones are decoded into the scratch buffer, under the caller's lock."""
+        absmax = self.nf4[0]
         sizes = [
             0 if each is None else n * k for n, each in zip(self.features, absmax, strict=True)
         ]
         if not any(sizes):
             return list(self.tensors)
         found = []
-        room = torch.split(scratch(sum(sizes), x), sizes)
+        room = torch.split(scratch(sum(sizes), like), sizes)
         for w_nk, n, part, scales, *nested in zip(
             self.tensors, self.features, room, *self.nf4, strict=True
         ):

@@ -43,7 +43,7 @@ def padded(rank: int) -> int:
 
 
 def missing(x: Tensor, a: Tensor, b: Tensor) -> str:
-    """Why the kernels cannot serve a call; empty when they can."""
+    """Why the kernels cannot serve a call, of x or of dy; empty when they can."""
     if reason := _extension.missing_cuda():
         return reason
     if x.dtype not in _HALVES:
@@ -53,8 +53,8 @@ def missing(x: Tensor, a: Tensor, b: Tensor) -> str:
     k, n = a.shape[1], b.shape[0]
     if k % 8 or n % 8 or min(k, n, a.shape[0]) == 0:
         return "in and out features must be multiples of 8, they and the rank not zero"
-    if x.numel() // k > _MAX_ROWS:
-        return f"at most {_MAX_ROWS} rows, got {x.numel() // k}"
+    if (rows := x.shape[:-1].numel()) > _MAX_ROWS:
+        return f"at most {_MAX_ROWS} rows, got {rows}"
     return ""
 
 
@@ -95,19 +95,21 @@ class Plan(NamedTuple):
 
 
 def plan(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, absmax: Tensor | None, blocksize: int,
+    x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, absmax: Tensor | None, blocksize: int,
     grad_y: Tensor | None = None, want_x: bool = True, bias: Tensor | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan of a forward, or with `grad_y` of a backward."""
+    """The plan of a forward, or with `grad_y` of a backward, which may have no x to read."""
     quantized = absmax is not None
-    if reason := missing(x, a, b):
+    like: Tensor = grad_y if x is None else x  # type: ignore[assignment]
+    if reason := missing(like, a, b):
         return Plan(reason)
     (r, k), n = a.shape, b.shape[0]
-    device, m = x.device.index, x.numel() // k
+    device, m = like.device.index, like.shape[:-1].numel()
     w_in_place, by_out, pitch_w = (True, True, k) if quantized else stored(weight)
     counters = 4 * _extension.C.lora_counters
     gemm, why = "", ""
-    few = absmax is not None and grad_y is None and m > 0 and serves(x, weight, absmax, blocksize)
+    few = absmax is not None and grad_y is None and m > 0
+    few = few and serves(like, weight, absmax, blocksize)  # type: ignore[arg-type]
     if few:
         why = "few rows of an NF4 weight"
     elif m and want_x:
@@ -117,12 +119,12 @@ def plan(
         if not quantized and weight.data_ptr() % 16:
             gemm, why = "", "the weight does not begin on 16 bytes"
     dy_in_place, pitch_dy = (True, n) if grad_y is None else in_place(grad_y, n)
-    x_in_place, pitch_x = in_place(x, k)
+    x_in_place, pitch_x = (True, k) if x is None else in_place(x, k)
     many = r > FEW_RANKS and r % 8 == 0 and m >= MANY_ROWS
     return Plan(
         "",
         device,
-        (_extension.DTYPES[x.dtype], _extension.DTYPES[a.dtype], m, n, k, r),
+        (_extension.DTYPES[like.dtype], _extension.DTYPES[a.dtype], m, n, k, r),
         gemm,
         f"lora_linear_skinny ({why})" if why else "lora_linear_skinny",
         x_in_place,
@@ -254,14 +256,14 @@ def share_device() -> bool:
 
 
 def _problem(
-    plan: Plan, stream: int, space: Tensor, x: Tensor, w: Tensor | None, a: Tensor | None,
+    plan: Plan, stream: int, space: Tensor, x: Tensor | None, w: Tensor | None, a: Tensor | None,
     b: Tensor | None, scale: float, dropout: float, seed: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The arguments that both directions share."""
     share_device()
     counters = space.data_ptr()
     return (
-        plan.device, stream, *plan.sizes, x.data_ptr(), plan.pitch_x,
+        plan.device, stream, *plan.sizes, _extension.ptr(x), plan.pitch_x,
         w.data_ptr() if w is not None and plan.gemm else 0, plan.pitch_w, plan.by_out,
         0 if a is None else a.data_ptr(), 0 if b is None else b.data_ptr(), scale, plan.pitch_z,
         0 if seed is None else seed.data_ptr(), _philox.threshold(dropout) if dropout else 0,
@@ -313,17 +315,20 @@ def forward(
 
 
 def backward(
-    plan: Plan, grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor,
-    scale: float, dropout: float, seed: Tensor | None, absmax: Tensor | None,
+    plan: Plan, grad_y: Tensor, x: Tensor | None, z: Tensor | None, weight: Tensor, a: Tensor,
+    b: Tensor, scale: float, dropout: float, seed: Tensor | None, absmax: Tensor | None,
     nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int, wanted: Sequence[bool],
     room: Room = NO_ROOM,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dW, dA and dB, empty where not wanted, see `ops.lora_linear`; what `room` has is used for them."""
+    """dx, dW, dA and dB, empty where not wanted, see `ops.lora_linear`; what `room` has is used for them.
+
+    Without x no dW and no dA may be wanted, without z no dB."""
     want_x, want_w, want_a, want_b = wanted
-    _, _, m, _, _, r = plan.sizes
+    _, _, m, _, k, r = plan.sizes
+    x_shape, dtype = (*grad_y.shape[:-1], k), grad_y.dtype
     if dropout and plan.gemm.startswith("gemm_sm80"):
         plan = plan._replace(gemm="", beside=_NO_DROPOUT)
-    if not plan.x_in_place:
+    if x is not None and not plan.x_in_place:
         x = copied(x)
     if not plan.dy_in_place:
         grad_y = copied(grad_y)
@@ -332,31 +337,33 @@ def backward(
     given, composed = plan.torch_low and dropout == 0.0, plan.torch_grads and dropout == 0.0
     grad_a = room_for(a, room.grad_a, want_a and not composed, m)
     grad_b = room_for(b, room.grad_b, want_b and not composed, m)
-    grad_w = torch.mm(as_matrix(grad_y).t(), as_matrix(x)) if want_w else x.new_empty(0)
+    grad_w = grad_y.new_empty(0)
+    if want_w:
+        grad_w = torch.mm(as_matrix(grad_y).t(), as_matrix(x))  # type: ignore[arg-type]
     if m == 0:
-        return x.new_empty(x.shape if want_x else 0), grad_w, grad_a, grad_b
-    dz = x.new_empty(m, plan.pitch_z)
+        return grad_y.new_empty(x_shape if want_x else 0), grad_w, grad_a, grad_b
+    dz = grad_y.new_empty(m, plan.pitch_z)
     if given and (want_x or want_a):
         low_rank(dz, as_matrix(grad_y), b, scale)
     w: Tensor | None = None
     stream, served = raw_stream(plan.device), "lora_linear_torch"
     with scratch_lock:
         if want_x:
-            w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
+            w = _dense(plan, weight, dtype, absmax, nested_absmax, offset, blocksize)
             if not plan.gemm:
                 grad_x = torch.mm(as_matrix(grad_y), w)
             else:
                 over = room.x and plan.dx_over_x and dropout == 0.0 and share_device()
-                grad_x = x if over else x.new_empty(*x.shape)
+                grad_x = x if over else grad_y.new_empty(x_shape)  # type: ignore[assignment]
         else:
-            grad_x = x.new_empty(0)
+            grad_x = grad_y.new_empty(0)
         if plan.gemm or not composed:  # what is composed without a GEMM of ours is given too
-            space = workspace(x, stream, plan.space, plan.counters)
+            space = workspace(grad_y, stream, plan.space, plan.counters)
             served = _extension.C.lora_backward(
                 *_problem(
                     plan, stream, space, x, w, a, None if given else b, scale, dropout, seed
                 ),
-                grad_y.data_ptr(), plan.pitch_dy, z.data_ptr(), dz.data_ptr(),
+                grad_y.data_ptr(), plan.pitch_dy, _extension.ptr(z), dz.data_ptr(),
                 grad_x.data_ptr() if want_x else 0,
                 grad_a.data_ptr() if want_a and not composed else 0,
                 grad_b.data_ptr() if want_b and not composed else 0,
@@ -364,14 +371,14 @@ def backward(
             )  # fmt: skip
     if composed:
         if want_a:
-            grad_a = factor_grad(dz.t(), as_matrix(x), a.dtype, room.grad_a)
+            grad_a = factor_grad(dz.t(), as_matrix(x), a.dtype, room.grad_a)  # type: ignore[arg-type]
         if want_b:
-            grad_b = factor_grad(as_matrix(grad_y).t(), z, b.dtype, room.grad_b)
+            grad_b = factor_grad(as_matrix(grad_y).t(), z, b.dtype, room.grad_b)  # type: ignore[arg-type]
     _library.record("lora_linear_backward", served or plan.beside)
     if want_x and not plan.gemm:
         if dropout == 0.0:
             _add_product(grad_x, dz, r, a)
         else:
-            grad_x.add_(dropout_op(dz[:, :r] @ a.to(x.dtype), dropout, seed))
-        grad_x = grad_x if x.ndim == 2 else grad_x.view(*x.shape)
+            grad_x.add_(dropout_op(dz[:, :r] @ a.to(dtype), dropout, seed))
+        grad_x = grad_x if grad_y.ndim == 2 else grad_x.view(x_shape)
     return grad_x, grad_w, grad_a, grad_b

@@ -46,6 +46,12 @@ def _scale_reference(x: Tensor, scale: Tensor) -> Tensor:
     return _scaled(x, scale)
 
 
+def _scale_kernel(x: Tensor, scale: Tensor) -> Tensor:
+    out = _scale_fake(x, scale)
+    _library.record("adapter_scale", _adapter_launch.scale_into(out, x, scale))
+    return out
+
+
 def _scale_backward_fake(
     grad_y: Tensor, x: Tensor, scale: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
@@ -107,6 +113,8 @@ _scale = _library.define(
     "adapter_scale(Tensor x, Tensor scale) -> Tensor",
     fake=_scale_fake,
     reference=_scale_reference,
+    kernel=_scale_kernel,
+    devices=("CUDA",),
     autograd=_AdapterScale,
 )
 
@@ -125,6 +133,7 @@ def adapter_scale(x: Tensor, scale: Tensor) -> Tensor:
 
     Raises:
         ValueError: scale is not [K] or lies on another device.
+        UnsupportedError: x is a nested tensor.
     """
     y: Tensor = _scale(x, scale)
     return y
@@ -380,6 +389,7 @@ def adapter_bottleneck(
     Raises:
         ValueError: a shape, a device or the activation does not fit, or norm_bias comes without
             norm_weight.
+        UnsupportedError: x is a nested tensor.
     """
     (x,) = cast_for_autocast(x)
     params = [

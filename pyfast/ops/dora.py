@@ -140,7 +140,7 @@ def _dora_fake(
     k = _check.features(op, "x", x)
     if absmax is None:
         _check.check_shape(op, "weight", weight, (n, k))
-        _check.check_dtype(op, "weight", weight, (x.dtype,))
+        _check.check_weight(op, "weight", weight, x)
     else:
         _check.check_quantized(op, weight, absmax, n * k, blocksize, nested_absmax, offset)
     for name, tensor, shape in (
@@ -164,7 +164,7 @@ def _dora_reference(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _dora_backward_fake(
-    grad_y: Tensor, x: Tensor, z: Tensor, y: Tensor, weight: Tensor, a: Tensor, b: Tensor,
+    grad_y: Tensor, x: Tensor, z: Tensor | None, y: Tensor | None, weight: Tensor, a: Tensor, b: Tensor,
     magnitude: Tensor, norms: Tensor, scale: float, absmax: Tensor | None,
     nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -175,7 +175,7 @@ def _dora_backward_fake(
 
 
 def _dora_backward_reference(
-    grad_y: Tensor, x: Tensor, z: Tensor, y: Tensor, weight: Tensor, a: Tensor, b: Tensor,
+    grad_y: Tensor, x: Tensor, z: Tensor | None, y: Tensor | None, weight: Tensor, a: Tensor, b: Tensor,
     magnitude: Tensor, norms: Tensor, scale: float, absmax: Tensor | None,
     nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -204,7 +204,7 @@ def _dora_backward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 _dora_backward = _library.define(
-    "dora_linear_backward(Tensor grad_y, Tensor x, Tensor z, Tensor y, Tensor weight, Tensor a, "
+    "dora_linear_backward(Tensor grad_y, Tensor x, Tensor? z, Tensor? y, Tensor weight, Tensor a, "
     "Tensor b, Tensor magnitude, Tensor norms, float scale, Tensor? absmax, Tensor? nested_absmax, "
     "Tensor? offset, int blocksize, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_dora_backward_fake,
@@ -215,8 +215,8 @@ _dora_backward = _library.define(
 
 
 class _DoraLinear(torch.autograd.Function):
-    """Saves x, unless it can be made again, z, the factors and the norms; of y no more than the storage that
-    the caller has, and its version."""
+    """Saves the factors, the norms and, for those that are wanted of the results in brackets, x unless it can
+    be made again (dA, dm) and z (dB); of y no more than the storage that the caller has, and its version."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -225,19 +225,21 @@ class _DoraLinear(torch.autograd.Function):
     ):  # fmt: skip
         constants = (scale, absmax, nested_absmax, offset, blocksize)
         y, z = below(x, weight, a, b, magnitude, norms, *constants)
-        ctx.remake = recipe(x)
-        kept = x if ctx.remake is None else None
+        _, _, want_a, want_b, want_m = ctx.needs_input_grad[1:6]
+        reads_x = want_a or want_m
+        ctx.remake = recipe(x) if reads_x else None
         # Not among the saved tensors, which must not change. But hooks on those, that offload or make
         # things again, are to have it, and then autograd watches no version.
         ctx.y, ctx.version, held = None, y._version, None
-        if ctx.needs_input_grad[5]:
+        if want_m:
             if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
                 ctx.y = y.detach()
             else:
                 held = y.detach()
         ctx.save_for_backward(
-            kept, z, held, weight, a, b, magnitude, norms, absmax, nested_absmax, offset
-        )
+            x if reads_x and ctx.remake is None else None, z if want_b else None, held,
+            weight, a, b, magnitude, norms, absmax, nested_absmax, offset,
+        )  # fmt: skip
         ctx.constants = (scale, blocksize)
         ctx.mark_non_differentiable(z)
         ctx.set_materialize_grads(False)
@@ -253,13 +255,16 @@ class _DoraLinear(torch.autograd.Function):
         x, z, y, weight, a, b, magnitude, norms, *quantized = ctx.saved_tensors
         scale, blocksize = ctx.constants
         quantized = (*quantized, blocksize)
-        x = ctx.remake() if x is None else x
+        if ctx.remake is not None:
+            x = ctx.remake()
+        elif x is None:  # of which the shape alone counts then
+            x = grad_y.new_empty((*grad_y.shape[:-1], a.shape[1]))
         # The graph may live on after its tensors are freed: what is not one of them is let go of here.
         y, ctx.y = y if ctx.y is None else ctx.y, None
         if want_m and (y is None or y._version != ctx.version):
             y = _dora(x.detach(), weight, a, b, magnitude, norms, scale, *quantized)[0]
         grad_x, grad_a, grad_b, grad_m = _dora_backward(
-            grad_y, x, z, y if want_m else z, weight, a, b, magnitude, norms, scale, *quantized,
+            grad_y, x, z, y if want_m else None, weight, a, b, magnitude, norms, scale, *quantized,
             wanted,
         )  # fmt: skip
         return (
@@ -341,7 +346,9 @@ def dora_linear(
         ValueError: shapes or devices do not fit.
         TypeError: a dense weight's dtype is not the compute dtype.
         QuantStateError: an NF4 weight's parts do not fit [N, K].
+        UnsupportedError: x is a nested tensor.
     """
+    _library.refuse_nested("dora_linear", x)
     x, weight = cast_for_autocast(x, weight)
     y: Tensor
     if _fused(x, weight, a, b, norms):

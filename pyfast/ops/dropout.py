@@ -99,8 +99,10 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: p is not in [0, 1], or the seed is not [2] or lies on another device.
         TypeError: x is not floating point, or the seed not int64.
+        UnsupportedError: x is a nested tensor.
     """
     if seed is None:
+        _library.refuse_nested("dropout", x)  # ahead of the generator's next state
         seed = _philox.new_seed(x.device)
     y: Tensor = dropout_op(x, p, seed)
     return y

@@ -49,7 +49,7 @@ def _check_lora(
     _check.check_shape(op, "lora_B", b, (n, r))
     if absmax is None:
         _check.check_shape(op, "weight", weight, (n, k))
-        _check.check_dtype(op, "weight", weight, (x.dtype,))
+        _check.check_weight(op, "weight", weight, x)
     else:
         _check.check_quantized(op, weight, absmax, n * k, blocksize, nested_absmax, offset)
     for name, tensor in (("lora_A", a), ("lora_B", b)):
@@ -104,14 +104,15 @@ def _lora_reference(
 
 
 def _lora_backward_fake(
-    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float,
+    grad_y: Tensor, x: Tensor | None, z: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float,
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
     offset: Tensor | None, blocksize: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = ((x, x.dtype), (weight, x.dtype), (a, a.dtype), (b, b.dtype))
+    x_shape, dtype = (*grad_y.shape[:-1], a.shape[1]), grad_y.dtype
+    like = ((x_shape, dtype), (weight.shape, dtype), (a.shape, a.dtype), (b.shape, b.dtype))
     return tuple(  # type: ignore[return-value]
-        x.new_empty(tuple(tensor.shape) if want else (0,), dtype=dtype)
-        for (tensor, dtype), want in zip(like, wanted, strict=True)
+        grad_y.new_empty(tuple(shape) if want else (0,), dtype=dtype)
+        for (shape, dtype), want in zip(like, wanted, strict=True)
     )
 
 
@@ -121,20 +122,21 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _lora_backward_reference(
-    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float,
+    grad_y: Tensor, x: Tensor | None, z: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float,
     dropout: float, seed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None,
     offset: Tensor | None, blocksize: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     want_x, want_w, want_a, want_b = wanted
-    m, n, k = math.prod(x.shape[:-1]), b.shape[0], x.shape[-1]
-    dy_mn, x_mk = grad_y.reshape(m, n), x.reshape(m, k)
-    grad_x = grad_w = grad_a = grad_b = x.new_empty(0)
+    m, n, k, dtype = math.prod(grad_y.shape[:-1]), b.shape[0], a.shape[1], grad_y.dtype
+    empty = grad_y.new_empty(0)
+    dy_mn, x_mk = grad_y.reshape(m, n), empty if x is None else x.reshape(m, k)
+    grad_x = grad_w = grad_a = grad_b = empty
     if want_x or want_a:
-        dz_mr = _scaled_product(dy_mn, b.to(x.dtype), scale)
+        dz_mr = _scaled_product(dy_mn, b.to(dtype), scale)
     if want_a:
         grad_a = dz_mr.t() @ _dropped(x_mk, dropout, seed)
     if want_b:
-        grad_b = dy_mn.t() @ z[:, : b.shape[1]]
+        grad_b = dy_mn.t() @ (empty if z is None else z[:, : b.shape[1]])
     if want_w:
         grad_w = dy_mn.t() @ x_mk
     if want_x:
@@ -145,14 +147,14 @@ def _lora_backward_reference(
                 dy_mn, weight, absmax, k, blocksize, nested_absmax, offset
             )
         if dropout == 0.0:
-            grad_x = torch.addmm(base_mk, dz_mr, a.to(x.dtype))
+            grad_x = torch.addmm(base_mk, dz_mr, a.to(dtype))
         else:
-            grad_x = base_mk.add_(_dropped(dz_mr @ a.to(x.dtype), dropout, seed))
-        grad_x = grad_x.view(x.shape)
+            grad_x = base_mk.add_(_dropped(dz_mr @ a.to(dtype), dropout, seed))
+        grad_x = grad_x.view(*grad_y.shape[:-1], k)
     # Unwanted results share one empty tensor above; an op's outputs must not alias.
-    grads = ((grad_x, x.dtype), (grad_w, x.dtype), (grad_a, a.dtype), (grad_b, b.dtype))
+    grads = ((grad_x, dtype), (grad_w, dtype), (grad_a, a.dtype), (grad_b, b.dtype))
     return tuple(  # type: ignore[return-value]
-        grad.to(dtype) if want else x.new_empty(0, dtype=dtype)
+        grad.to(dtype) if want else grad_y.new_empty(0, dtype=dtype)
         for (grad, dtype), want in zip(grads, wanted, strict=True)
     )
 
@@ -176,7 +178,7 @@ def _lora_backward_kernel(
 
 
 _lora_backward = _library.define(
-    "lora_linear_backward(Tensor grad_y, Tensor x, Tensor z, Tensor weight, Tensor a, Tensor b, "
+    "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor? z, Tensor weight, Tensor a, Tensor b, "
     "float scale, float dropout, Tensor? seed, Tensor? absmax, Tensor? nested_absmax, "
     "Tensor? offset, int blocksize, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_lora_backward_fake,
@@ -187,7 +189,8 @@ _lora_backward = _library.define(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x, unless it can be made again, z, the factors and 16 bytes of seed; formulas at the top."""
+    """Saves the factors and, for those that are wanted of the results in brackets, x unless it can be made
+    again (dA, dW), z (dB) and 16 bytes of seed (dx, dA); formulas at the top."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -197,9 +200,20 @@ class _LoraLinear(torch.autograd.Function):
         y, z = below(
             x, weight, bias, a, b, scale, dropout, seed, absmax, nested_absmax, offset, blocksize
         )
-        ctx.remake = recipe(x)
-        kept = x if ctx.remake is None else None
-        ctx.save_for_backward(kept, z, weight, a, b, seed, absmax, nested_absmax, offset)
+        want_x, want_w, _, want_a, want_b = ctx.needs_input_grad[1:6]
+        reads_x = want_w or want_a
+        ctx.remake = recipe(x) if reads_x else None
+        ctx.save_for_backward(
+            x if reads_x and ctx.remake is None else None,
+            z if want_b else None,
+            weight,
+            a,
+            b,
+            seed if want_x or want_a else None,
+            absmax,
+            nested_absmax,
+            offset,
+        )
         ctx.constants = (scale, dropout, blocksize)
         ctx.mark_non_differentiable(z)
         ctx.set_materialize_grads(False)
@@ -218,7 +232,7 @@ class _LoraLinear(torch.autograd.Function):
         wanted = (want_x, want_w, want_a, want_b)
         grad_x = grad_w = grad_bias = grad_a = grad_b = None
         if any(wanted):
-            own_x = x is None
+            own_x = ctx.remake is not None
             if own_x:
                 x = ctx.remake()
             args = (
@@ -239,7 +253,7 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 grad_x, grad_w, grad_a, grad_b = _lora_backward(*args)
         if want_bias:
-            grad_bias = grad_y.reshape(z.shape[0], grad_y.shape[-1]).sum(0)
+            grad_bias = grad_y.reshape(math.prod(grad_y.shape[:-1]), grad_y.shape[-1]).sum(0)
         return (
             None, grad_x if want_x else None, grad_w if want_w else None, grad_bias,
             grad_a if want_a else None, grad_b if want_b else None, *(None,) * 7,
@@ -314,8 +328,13 @@ def lora_linear(
         ValueError: shapes, devices or the dropout do not fit.
         TypeError: a dense weight's dtype is not the compute dtype.
         QuantStateError: an NF4 weight's parts do not fit [N, K].
+        UnsupportedError: x is a nested tensor.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
+    if dropout > 0.0:  # ahead of the generator's next state
+        _library.refuse_nested("lora_linear", x)
+        if absmax is None:
+            _check.check_weight("lora_linear", "weight", weight, x)
     if bias is not None:
         bias = bias.to(x.dtype)
     seed = _philox.new_seed(x.device) if dropout > 0.0 else None

@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast.ops import _check, _library, _lora_group_launch, _lora_group_plan
+from pyfast.ops import _library, _lora_group_launch, _lora_group_plan
 from pyfast.ops._accumulate import those_into_grad
 from pyfast.ops._autocast import cast_for_autocast
 from pyfast.ops._held import Held, versions
+from pyfast.ops._lora_group_check import check_group
 from pyfast.ops._lora_group_plan import MOST, columns, members, stacked
 from pyfast.ops._remake import recipe
-from pyfast.ops.lora import _COMPUTE, _scaled_product
+from pyfast.ops.lora import _scaled_product
 from pyfast.ops.nf4 import nf4_dequantize
 
 _NF4 = "Tensor? absmax, Tensor? nested_absmax, Tensor? offset"
@@ -49,76 +50,13 @@ def _schema(kinds: str) -> str:
     )
 
 
-def _check_group(*args: Any) -> None:
-    x, scales, blocksize = args[0], args[-2], args[-1]
-    weights, biases, a, b, *nf4 = members(args[1:-2])
-    _check.check_dtype("lora_group", "x", x, _COMPUTE)
-    k = _check.features("lora_group", "x", x)
-    if len(scales) != len(weights):
-        count = len(weights)
-        raise ValueError(f"lora_group: {count} linears need as many scales, got {len(scales)}")
-    for i, member in enumerate(zip(weights, biases, a, b, zip(*nf4, strict=True), strict=True)):
-        if not _fits(x, k, *member):
-            _check_member(i, x, k, blocksize, *member)
-
-
-def _fits(
-    x: Tensor, k: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor, b_nr: Tensor,
-    nf4: tuple[Tensor | None, ...],
-) -> bool:  # fmt: skip
-    """Whether `_check_member` has nothing to say; its texts would cost 5 us a member."""
-    device, dtype = x.device, x.dtype
-    return (
-        nf4[0] is None
-        and a_rk is not None
-        and b_nr is not None
-        and a_rk.device == b_nr.device == w_nk.device == device
-        and a_rk.dim() == b_nr.dim() == 2
-        and a_rk.shape == (b_nr.shape[1], k)
-        and w_nk.shape == (b_nr.shape[0], k)
-        and w_nk.dtype is dtype
-        and a_rk.dtype in _COMPUTE
-        and b_nr.dtype in _COMPUTE
-        and (
-            bias is None
-            or (bias.dtype is dtype and bias.device == device and bias.shape == b_nr.shape[:1])
-        )
-    )
-
-
-def _check_member(
-    i: int, x: Tensor, k: int, blocksize: int, w_nk: Tensor, bias: Tensor | None, a_rk: Tensor,
-    b_nr: Tensor, nf4: tuple[Tensor | None, ...],
-) -> None:  # fmt: skip
-    op, weight, a, b = "lora_group", f"weights[{i}]", f"a[{i}]", f"b[{i}]"
-    if a_rk is None or b_nr is None:
-        raise ValueError(f"{op}: {weight} needs {a} and {b}")
-    named = {weight: w_nk, a: a_rk, b: b_nr, f"biases[{i}]": bias}
-    _check.check_same_device(op, x, **named)
-    r, n = _check.rows(op, a, a_rk), _check.rows(op, b, b_nr)
-    _check.check_shape(op, a, a_rk, (r, k))
-    _check.check_shape(op, b, b_nr, (n, r))
-    absmax, nested_absmax, offset = nf4
-    if absmax is None:
-        _check.check_shape(op, weight, w_nk, (n, k))
-        _check.check_dtype(op, weight, w_nk, (x.dtype,))
-    else:
-        _check.check_same_device(op, x, **{f"absmax[{i}]": absmax})
-        _check.check_quantized(op, w_nk, absmax, n * k, blocksize, nested_absmax, offset)
-    _check.check_dtype(op, a, a_rk, _COMPUTE)
-    _check.check_dtype(op, b, b_nr, _COMPUTE)
-    if bias is not None:
-        _check.check_dtype(op, f"biases[{i}]", bias, (x.dtype,))
-        _check.check_shape(op, f"biases[{i}]", bias, (n,))
-
-
 def _padded_outputs(ys: list[Tensor], z: Tensor) -> tuple[Tensor, ...]:
     """As many outputs as the schema has; that of an absent member is empty."""
     return (*ys, *(z.new_empty(0) for _ in range(MOST - len(ys))), z)
 
 
 def _group_fake(*args: Any) -> tuple[Tensor, ...]:
-    _check_group(*args)
+    check_group(*args)
     x = args[0]
     _, _, a, b, *_ = members(args[1:-2])
     ys = [x.new_empty((*x.shape[:-1], b_nr.shape[0])) for b_nr in b]
@@ -126,13 +64,13 @@ def _group_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _dense(
-    x: Tensor, weights: Sequence[Tensor], b: Sequence[Tensor],
-    nf4: Sequence[Sequence[Tensor | None]], blocksize: int,
+    like: Tensor, weights: Sequence[Tensor], b: Sequence[Tensor],
+    nf4: Sequence[Sequence[Tensor | None]], blocksize: int, k: int,
 ) -> list[Tensor]:  # fmt: skip
-    """The W_i of x's dtype."""
+    """The W_i of that dtype."""
     return [
         w_nk if absmax is None else nf4_dequantize(
-            w_nk, absmax, (b_nr.shape[0], x.shape[-1]), x.dtype, blocksize=blocksize,
+            w_nk, absmax, (b_nr.shape[0], k), like.dtype, blocksize=blocksize,
             nested_absmax=nested_absmax, nested_offset=offset,
         )
         for w_nk, b_nr, absmax, nested_absmax, offset in zip(weights, b, *nf4, strict=True)
@@ -140,10 +78,10 @@ def _dense(
 
 
 def _group_reference(*args: Any) -> tuple[Tensor, ...]:
-    _check_group(*args)
+    check_group(*args)
     x, scales = args[0], args[-2]
     weights, biases, a, b, *nf4 = members(args[1:-2])
-    weights = _dense(x, weights, b, nf4, args[-1])
+    weights = _dense(x, weights, b, nf4, args[-1], x.shape[-1])
     x_mk = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     at = columns(a)
     if len(set(scales)) == 1:
@@ -161,38 +99,52 @@ def _group_reference(*args: Any) -> tuple[Tensor, ...]:
     return _padded_outputs(ys, z)
 
 
-def _padded_grads(x: Tensor, wanted: Sequence[bool], grads: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def _padded_grads(
+    dy: Tensor, wanted: Sequence[bool], grads: Iterable[Tensor]
+) -> tuple[Tensor, ...]:
     """As many gradients as the schema has; that of what is not wanted is empty."""
     made = iter(grads)
-    return tuple(next(made) if want else x.new_empty(0) for want in wanted)
+    return tuple(next(made) if want else dy.new_empty(0) for want in wanted)
+
+
+def _first(dys: Sequence[Tensor | None]) -> Tensor:
+    """Any that is here: it has x's rows, dtype and device, and x may be absent."""
+    return next(dy for dy in dys if dy is not None)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    x, wanted = args[MOST], args[-1]
-    like = itertools.compress((x, *args[MOST + 2 :]), wanted)
-    grads = [x.new_empty(tuple(tensor.shape), dtype=tensor.dtype) for tensor in like]
-    return _padded_grads(x, wanted, grads)
+    dy, wanted = _first(args[:MOST]), args[-1]
+    k = args[2 * MOST + 2].shape[1]
+    of_x = (*dy.shape[:-1], k), dy.dtype
+    of_factors = (
+        (each.shape, each.dtype) for each in itertools.compress(args[MOST + 2 :], wanted[1:])
+    )
+    like = itertools.chain([of_x] if wanted[0] else [], of_factors)
+    grads = [dy.new_empty(tuple(shape), dtype=dtype) for shape, dtype in like]
+    return _padded_grads(dy, wanted, grads)
 
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     x, z, scales, wanted = args[MOST], args[MOST + 1], args[-3], args[-1]
     weights, a, b, *nf4 = members(args[MOST + 2 : -3])
     want_x, wants = wanted[0], members(wanted[1:], len(weights))
-    m, at = z.shape[0], columns(a)
-    x_mk = x.reshape(m, x.shape[-1])
+    any_dy, at = _first(args[:MOST]), columns(a)
+    dtype, leading, k = any_dy.dtype, any_dy.shape[:-1], a[0].shape[1]
+    m = math.prod(leading)
+    x_mk = any_dy.new_empty(0) if x is None else x.reshape(m, k)
     dys = {i: dy.reshape(m, b[i].shape[0]) for i, dy in enumerate(args[:MOST]) if dy is not None}
-    dz = x.new_zeros(z.shape)
+    dz = any_dy.new_zeros(m, at[-1])
     if want_x or any(wants[1]):
         for i, dy_mn in dys.items():
             dz_mr = dz[:, at[i] : at[i] + b[i].shape[1]]
-            dz_mr.addmm_(dy_mn, b[i].to(x.dtype), beta=0, alpha=scales[i])
+            dz_mr.addmm_(dy_mn, b[i].to(dtype), beta=0, alpha=scales[i])
     grads = []
     if want_x:
-        weights = _dense(x, weights, b, nf4, args[-2])
-        grad_x = dz @ stacked(a, x.dtype)
+        weights = _dense(any_dy, weights, b, nf4, args[-2], k)
+        grad_x = dz @ stacked(a, dtype)
         for i, dy_mn in dys.items():
             grad_x.addmm_(dy_mn, weights[i])
-        grads.append(grad_x.view(x.shape))
+        grads.append(grad_x.view(*leading, k))
     grads += [dys[i].t() @ x_mk for i, want in enumerate(wants[0]) if want]
     if any(wants[1]):
         # Copies, since an op's outputs must not share memory.
@@ -206,7 +158,7 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
         if wants[2][i]:
             z_mr = z[:, at[i] : at[i] + b_nr.shape[1]]
             grads.append((dys[i].t() @ z_mr).to(b_nr.dtype))
-    return _padded_grads(x, wanted, grads)
+    return _padded_grads(any_dy, wanted, grads)
 
 
 _backward_plan = _library.planned(_lora_group_plan.plan)
@@ -220,11 +172,12 @@ def _backward_kernel(*args: Any, room: Mapping[int, Tensor] = {}) -> tuple[Tenso
         for i, grad in room.items():
             result[1 + MOST + i] = grad.add_(result[1 + MOST + i])
         return tuple(result)
-    return _padded_grads(args[MOST], args[-1], _lora_group_launch.backward(plan, *args, room))
+    made = _lora_group_launch.backward(plan, *args, room)
+    return _padded_grads(_first(args), args[-1], made)
 
 
 _group_backward = _library.define(
-    f"lora_group_backward({_schema('Tensor? grad_y')}, Tensor x, Tensor z, "
+    f"lora_group_backward({_schema('Tensor? grad_y')}, Tensor? x, Tensor? z, "
     f"{_schema('Tensor weight, Tensor a, Tensor b, ' + _NF4)}, float[] scales, int blocksize, "
     "bool[] wanted) "
     f"-> ({', '.join(['Tensor'] * (1 + 3 * MOST))})",
@@ -253,17 +206,20 @@ def _into_grads(
 
 
 class _LoraGroup(torch.autograd.Function):
-    """Saves x, z, the weights and the factors; formulas at the top of this file."""
+    """Saves the weights, the factors and, for those that are wanted of the results in brackets, x unless it
+    can be made again (dW_i, dA_i) and z (dB_i); formulas at the top of this file."""
 
     @staticmethod
     def forward(ctx, below, *args):  # type: ignore[no-untyped-def]
         outputs = below(*args)
         weights, _, a, b, *nf4 = (args[1 + i * MOST :][:MOST] for i in range(_KINDS))
-        ctx.remake = recipe(args[0], norms=True)
-        x = args[0] if ctx.remake is None else None
-        ctx.save_for_backward(x, outputs[-1], *weights, *a, *b, *itertools.chain(*nf4))
-        ctx.scales, ctx.blocksize = args[-2:]
         _, want_x, *wants = ctx.needs_input_grad[: 2 + 4 * MOST]
+        reads_x = any(wants[:MOST]) or any(wants[2 * MOST : 3 * MOST])
+        ctx.remake = recipe(args[0], norms=True) if reads_x else None
+        x = args[0] if reads_x and ctx.remake is None else None
+        z = outputs[-1] if any(wants[3 * MOST :]) else None
+        ctx.save_for_backward(x, z, *weights, *a, *b, *itertools.chain(*nf4))
+        ctx.scales, ctx.blocksize = args[-2:]
         idle = [
             y for i, y in enumerate(outputs[:MOST])
             if weights[i] is None or not (want_x or any(wants[i::MOST]))
@@ -299,7 +255,7 @@ class _LoraGroup(torch.autograd.Function):
         wanted = [want_x, *rest[:MOST], *rest[2 * MOST :]]
         results: list[Tensor | None] = [None] * len(wanted)
         if any(wanted):
-            x = ctx.remake() if saved[0] is None else saved[0]
+            x = saved[0] if ctx.remake is None else ctx.remake()
             args = (*dys, x, *saved[1:], ctx.scales, ctx.blocksize, wanted)
             if ctx.direct and _library.direct(next(dy for dy in dys if dy is not None)):
                 made, wanted = _into_grads(ctx, args, wanted)
@@ -307,7 +263,7 @@ class _LoraGroup(torch.autograd.Function):
                 made = _group_backward(*args)
             results = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
         biases = [
-            dy.reshape(saved[1].shape[0], dy.shape[-1]).sum(0) if want else None
+            dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]).sum(0) if want else None
             for dy, want in zip(dys, want_bias, strict=True)
         ]
         fixed = (None,) * ((_KINDS - 4) * MOST + 2)
@@ -316,7 +272,7 @@ class _LoraGroup(torch.autograd.Function):
 
 @_library.planned
 def _forward_plan(*args: Any) -> _lora_group_plan.Plan:
-    _check_group(*args)
+    check_group(*args)
     weights, _, *rest = (args[1 + i * MOST :][:MOST] for i in range(_KINDS))
     return _lora_group_plan.plan(args[0], *args[-2:], *weights, *itertools.chain(*rest))
 
@@ -377,6 +333,7 @@ def lora_group(
         ValueError: numbers, shapes or devices do not fit.
         TypeError: a dense weight's dtype is not the compute dtype.
         QuantStateError: an NF4 weight's parts do not fit [N_i, K].
+        UnsupportedError: x is a nested tensor.
     """
     count = len(weights)
     biases = (None,) * count if biases is None else biases

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from pyfast import ops
 from pyfast.errors import AdapterStateError
 from pyfast.methods.lora import LoraLinear
-from pyfast.nn import SavedModule
+from pyfast.nn import NF4Linear, SavedModule
+from pyfast.nn.group import form_groups
+from pyfast.nn.weight import NF4Weight
 
 
 def layer(bias=True):
@@ -93,3 +96,39 @@ def test_saved_module_serves_copy_or_original():
     saved.remove("a")
     assert saved.adapter_names() == []
     assert twin.adapter_names() == ["a"]
+
+
+def test_an_input_of_another_dtype_than_the_weight():
+    text = r"lora_linear: x is float32 and weight bfloat16\. Fix: cast x to bfloat16, or call the model under"
+    base = nn.Linear(64, 8, dtype=torch.bfloat16).requires_grad_(False)
+    made, x = LoraLinear(base), torch.randn(2, 64)
+    made.add("default", 2, 2.0, 0.5, False, torch.float32)
+    made.set_active(["default"])
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError, match=text):
+        made(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x).dtype is torch.bfloat16
+    # NF4 has no dtype of its own: the product takes the input's.
+    packed = LoraLinear(
+        NF4Linear(NF4Weight(*ops.nf4_quantize(base.weight), (8, 64), base.weight.dtype))
+    )
+    packed.add("default", 2, 2.0, 0.5, False, torch.float32)
+    packed.set_active(["default"])
+    assert packed(x).dtype is torch.float32
+
+
+def test_members_of_a_group_name_the_weight():
+    made = nn.ModuleDict()
+    for name in "qk":
+        made[name] = LoraLinear(nn.Linear(6, 4, dtype=torch.bfloat16).requires_grad_(False))
+        made[name].add("default", 2, 2.0, 0.0, False, torch.float32)
+        made[name].set_active(["default"])
+    form_groups([made])
+    x = torch.randn(2, 6)
+    for name in "qk":
+        with pytest.raises(TypeError, match=r"lora_group: x is float32 and weights\[0\] bfloat16"):
+            made[name](x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {made[name](x).dtype for name in "qk"} == {torch.bfloat16}

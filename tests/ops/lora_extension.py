@@ -63,12 +63,12 @@ class Extension:
         assert workspace - counters == 4 * self.lora_counters
         assert not at(counters, 1, self.lora_counters, self.lora_counters, torch.float32).any()
         at(workspace, 1, 64, 64, torch.float32).fill_(float("nan"))
-        x = at(x, m, k, pitch_x, DTYPES[dtype]).double()
+        x = at(x, m, k, pitch_x, DTYPES[dtype]).double() if x else None
         if w:
             shape = (n, k) if by_out else (k, n)
             w = at(w, *shape, pitch_w, DTYPES[dtype]).double()
             w = w if by_out else w.t()
-        keep = torch.ones_like(x)
+        keep = torch.ones(m, k, dtype=torch.float64)
         if seed:
             p = threshold / _philox.LEVELS
             keep = _philox.keep_mask(
@@ -100,7 +100,7 @@ class Extension:
         self.over_x = dx == args[8]
         assert dy % 16 == 0
         assert pitch_dy % 8 == 0
-        dy, z = at(dy, m, n, pitch_dy, dtype).double(), at(z, m, r, args[16], dtype).double()
+        dy = at(dy, m, n, pitch_dy, dtype).double()
         dz = at(dz, m, args[16], args[16], dtype)
         if (dx or da) and b is not None:
             dz.zero_()[:, :r] = scale * dy @ b
@@ -110,6 +110,7 @@ class Extension:
         if da:
             put(at(da, r, k, k, adapter), low.t() @ (x * keep), add_da)
         if db:
+            z = at(z, m, r, args[16], dtype).double()
             put(at(db, n, r, r, adapter), dy.t() @ z, add_db)
         self.calls.append("backward")
         return self.gemm if dx and args[10] else ""

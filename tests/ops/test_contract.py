@@ -119,11 +119,14 @@ def _public_calls(device):
         "lora_linear": lambda x: ops.lora_linear(x, w, a, b, scale=scale, bias=t),
         "nf4_linear": lambda x: ops.nf4_linear(x, codes, absmax, t, out_features=12),
         "adapter_scale": lambda x: ops.adapter_scale(x, a[0]),
+        "scaled_linear": lambda x: ops.scaled_linear(x, w, a[0], t),
         "adapter_bottleneck": lambda x: ops.adapter_bottleneck(x, down, up),
     }
 
 
-@pytest.mark.parametrize("op", ["lora_linear", "nf4_linear", "adapter_scale", "adapter_bottleneck"])
+@pytest.mark.parametrize(
+    "op", ["lora_linear", "nf4_linear", "adapter_scale", "scaled_linear", "adapter_bottleneck"]
+)
 def test_any_input_layout_gives_the_contiguous_answer(op, device):
     x, calls = _public_calls(device)
     call = calls[op]

@@ -237,8 +237,11 @@ def test_layers_without_features_do_as_linear(nf4, m, n, k, device):
 def test_adapters_without_features(device):
     x = torch.ones(2, 3, 0, device=device, requires_grad=True)
     down, up, none = (torch.zeros(s, device=device) for s in ((4, 0), (0, 4), (0,)))
-    for y in (ops.adapter_scale(x, none), ops.adapter_bottleneck(x, down, up)):
-        assert y.shape == x.shape
+    linear = ops.scaled_linear(x, down, none)
+    assert linear.shape == (2, 3, 4)
+    assert not linear.any()
+    for y in (ops.adapter_scale(x, none), ops.adapter_bottleneck(x, down, up), linear):
+        assert y is linear or y.shape == x.shape
         y.sum().backward()
         assert x.grad.shape == x.shape
 
@@ -256,7 +259,9 @@ def test_a_zero_block_under_nested_scales(device):
     assert not restored[64:128].any()
 
 
-@pytest.mark.parametrize("op", ["nf4_linear", "lora_linear", "adapter_scale", "adapter_bottleneck"])
+@pytest.mark.parametrize(
+    "op", ["nf4_linear", "lora_linear", "adapter_scale", "scaled_linear", "adapter_bottleneck"]
+)
 def test_a_scalar_input_is_refused(op):
     codes, absmax, _, _ = packed(4, 1, "cpu")
     one, x = torch.ones(1, 1), torch.tensor(1.0)
@@ -264,6 +269,7 @@ def test_a_scalar_input_is_refused(op):
         "nf4_linear": lambda: ops.nf4_linear(x, codes, absmax, out_features=4),
         "lora_linear": lambda: ops.lora_linear(x, one, one, one, scale=1.0),
         "adapter_scale": lambda: ops.adapter_scale(x, one[0]),
+        "scaled_linear": lambda: ops.scaled_linear(x, one, one[0]),
         "adapter_bottleneck": lambda: ops.adapter_bottleneck(x, one, one),
     }
     with pytest.raises(ValueError, match=f"{op}: x must have at least one dimension, got a scalar"):
@@ -289,6 +295,7 @@ def test_other_element_types_are_refused(bad):
         "nf4_linear: input": lambda: ops.nf4_linear(x, codes, absmax, out_features=8),
         "lora_linear: x": lambda: ops.lora_linear(x, f, f, f, scale=1.0),
         "adapter_scale: x": lambda: ops.adapter_scale(x, f[0]),
+        "scaled_linear: x": lambda: ops.OPS["scaled_linear"].call(x, f, f[0], None),
     }
     for text, call in calls.items():
         with pytest.raises(TypeError, match=f"{text} must be .*float32.*, got {str(bad)[6:]}"):
@@ -336,6 +343,7 @@ def _by_batch(device):
         ),
         "dropout": lambda x: ops.dropout(x, 0.25),
         "adapter_scale": lambda x: ops.adapter_scale(x, a[0]),
+        "scaled_linear": lambda x: ops.scaled_linear(x, down.detach(), a[0]),
         "adapter_bottleneck": lambda x: ops.adapter_bottleneck(x, down, up),
     }
 
@@ -348,6 +356,7 @@ def _by_batch(device):
         "lora_linear",
         "lora_linear with dropout",
         "adapter_scale",
+        "scaled_linear",
         "adapter_bottleneck",
     ],
 )

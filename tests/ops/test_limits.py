@@ -13,7 +13,8 @@ import torch
 from pyfast import ops
 from pyfast.errors import UnsupportedError
 from pyfast.ops import OPS, _scratch
-from tests.cases import CASES
+from pyfast.ops.lora_group import lora_group
+from tests.cases import CASES, packed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.*:DeprecationWarning"  # torch scripts its forward-mode formulas
@@ -55,6 +56,53 @@ def test_constants_of_a_transform_are_served():
     assert torch.equal(tangent, t * constant)
     gradient = torch.func.grad(lambda y: (y * ops.adapter_scale(x, scale)).sum())(x)
     assert torch.equal(gradient, constant)
+
+
+def calls_of_every_op():
+    w, a, b, codes = torch.zeros(8, 16), torch.zeros(4, 16), torch.zeros(8, 4), packed(8, 16, "cpu")
+    magnitude, two = torch.ones(8), [None] * 2
+    nf4 = {"absmax": codes[1], "blocksize": 64}
+    return {
+        "lora_linear": lambda x: ops.lora_linear(x, w, a, b, scale=1.0),
+        "lora_linear with dropout": lambda x: ops.lora_linear(x, w, a, b, scale=1.0, dropout=0.5),
+        "lora_linear over NF4": lambda x: ops.lora_linear(x, codes[0], a, b, scale=1.0, **nf4),
+        "lora_group": lambda x: lora_group(
+            x, [w, w], [a, a], [b, b], scales=[1.0, 1.0], biases=two
+        ),
+        "nf4_linear": lambda x: ops.nf4_linear(x, *codes[:2], out_features=8),
+        "dora_linear": lambda x: ops.dora_linear(x, w, a, b, magnitude, magnitude, scale=1.0),
+        "adapter_scale": lambda x: ops.adapter_scale(x, torch.ones(16)),
+        "scaled_linear": lambda x: ops.scaled_linear(x, w, torch.ones(16)),
+        "adapter_bottleneck": lambda x: ops.adapter_bottleneck(x, a, a.t()),
+        "dropout": lambda x: ops.dropout(x, 0.5),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("op", calls_of_every_op())
+def test_nested_tensors(op, layout):
+    rows = [torch.ones(2, 16), torch.ones(3, 16)]
+    call, state = calls_of_every_op()[op], torch.get_rng_state()
+    for wanted in (False, True):
+        x = torch.nested.nested_tensor(rows, layout=layout, requires_grad=wanted)
+        with pytest.raises(
+            UnsupportedError, match=r"does not take nested tensors\. Fix: "
+        ) as caught:
+            call(x)
+        assert str(caught.value).startswith(f"[PF016] pyfast.{op.split()[0]} does")
+    assert torch.equal(torch.get_rng_state(), state)
+    call(torch.cat(rows))
+
+
+def test_nested_tensors_while_compiling():
+    call = calls_of_every_op()["lora_linear"]
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager")
+    x = torch.nested.nested_tensor([torch.ones(2, 16), torch.ones(3, 16)], layout=torch.jagged)
+    with pytest.raises(Exception, match="does not take nested tensors"):
+        compiled(x)
+    assert compiled(torch.ones(2, 16)).shape == (2, 8)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 4, 4)])

@@ -255,7 +255,25 @@ def test_malformed_nf4_parts_are_named_before_anything_runs(change, text, compil
     assert [name for op, name in ran if op != "lora_linear"] == []
 
 
-def test_a_weight_of_another_dtype_is_refused():
-    x, w = torch.zeros(2, 16), torch.zeros(8, 16, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="lora_linear: weight must be float32, got bfloat16"):
-        ops.lora_linear(x, w, torch.zeros(3, 16), torch.zeros(8, 3), scale=1.0)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        (torch.bfloat16, "x is float32 and weight bfloat16. Fix: cast x to bfloat16, or call the model "
+         "under torch.autocast"),
+        (torch.float64, "x is float32 and weight float64. Fix: cast x to float64"),
+        (torch.uint8, "weight must be float32, got uint8"),
+    ],
+)  # fmt: skip
+def test_a_weight_of_another_dtype_is_refused(dtype, text, dropout, device):
+    x, w = torch.zeros(2, 16, device=device), torch.zeros(8, 16, dtype=dtype, device=device)
+    a, b = torch.zeros(3, 16, device=device), torch.zeros(8, 3, device=device)
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError) as caught:
+        ops.lora_linear(x, w, a, b, scale=1.0, dropout=dropout)
+    assert str(caught.value) == f"lora_linear: {text}"
+    assert torch.equal(torch.get_rng_state(), state)
+    if dtype is torch.bfloat16:
+        with torch.autocast(device, dtype):
+            assert ops.lora_linear(x, w, a, b, scale=1.0, dropout=dropout).dtype is dtype
+        ops.lora_linear(x.to(dtype), w, a, b, scale=1.0, dropout=dropout)

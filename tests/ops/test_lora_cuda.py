@@ -222,15 +222,25 @@ def test_repeated_runs_are_bit_identical(rank):
         assert all(torch.equal(p, q) for p, q in zip(first, results, strict=True))
 
 
-def test_only_the_wanted_gradients_are_made():
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("rank", [8, 16, 64, 200])
+@pytest.mark.parametrize(
+    "shape", [(300, 256, 512), (1100, 2048, 2048), (1100, 1032, 4104)], ids=str
+)
+def test_only_the_wanted_gradients_are_made(shape, rank, p):
+    """What none of them reads (x, z, the seed) is not kept, and the kernels get no pointer to it."""
+    torch.manual_seed(3)
+    keep = _philox.keep_mask(_philox.new_seed(torch.device("cuda")), shape[0], shape[1], p)
+    mask = keep * _philox.keep_scale(p)
     for wanted in itertools.product((False, True), repeat=3):
-        x, w, a, b, dy = operands(300, 256, 512, 16, torch.bfloat16, torch.bfloat16, True)
+        x, w, a, b, dy = operands(*shape, rank, torch.bfloat16, torch.bfloat16, True)
         for tensor, want in zip((x, a, b), wanted, strict=True):
             tensor.requires_grad_(want)
-        y = ops.lora_linear(x, w, a, b, scale=SCALE)
+        torch.manual_seed(3)
+        y = ops.lora_linear(x, w, a, b, scale=SCALE, dropout=p)
         if any(wanted):
             y.backward(dy)
-        expected = exact(x, w, a, b, dy)[1:]
+        expected = exact(x, w, a, b, dy, mask)[1:]
         for tensor, want, e in zip((x, a, b), wanted, expected, strict=True):
             assert (tensor.grad is not None) == want
             if want:

@@ -362,7 +362,8 @@ def changed(which, index, value):
         (changed("w", 0, torch.zeros(9, 130)), ValueError,
          "weights[0] must have shape [72, 130], got [9, 130]"),
         (changed("w", 1, torch.zeros(40, 130).half()), TypeError,
-         "weights[1] must be float32, got float16"),
+         "x is float32 and weights[1] float16. Fix: cast x to float16, or call the model under "
+         "torch.autocast"),
         (changed("a", 0, torch.zeros(16, 130).int()), TypeError,
          "a[0] must be float32, float16, bfloat16, float64, got int32"),
         (changed("t", 2, torch.zeros(9)), ValueError, "biases[2] must have shape [24], got [9]"),

@@ -35,20 +35,21 @@ class Extension(lora_extension.Extension):
         return self.makes
 
     def group(self, args):
-        """x, z, the scale and the members of a call for a whole group."""
+        """x, if it is given, z, the scale and the members of a call for a whole group."""
         (device, stream, dtype, adapter, m, k, x, pitch_x, scale, z, pitch_z, given, workspace, counters,
          members) = args  # fmt: skip
         assert (device, stream) == (None, 0)
         assert workspace - counters == 4 * self.lora_counters
         dtype, adapter = DTYPES[dtype], DTYPES[adapter]
-        x, z = at(x, m, k, pitch_x, dtype), at(z, m, pitch_z, pitch_z, dtype)
+        x = at(x, m, k, pitch_x, dtype).double() if x else None
+        z = at(z, m, pitch_z, pitch_z, dtype)
         found = []
         for n, r, first, w, pitch_w, a, b, *rest in members:
             assert first % 8 == 0
             w, a = at(w, n, k, pitch_w, dtype).double(), at(a, r, k, k, adapter).double()
             found.append((n, r, first, w, a, at(b, n, r, r, adapter).double(), rest))
         self.calls.append("group")
-        return x.double(), z, scale, given, dtype, adapter, found
+        return x, z, scale, given, dtype, adapter, found
 
     def lora_group_forward(self, *args):
         x, z, scale, given, dtype, _, members = self.group(args)
@@ -65,7 +66,7 @@ class Extension(lora_extension.Extension):
     def lora_group_backward(self, *args):
         x, z, scale, given, dtype, adapter, members = self.group(args[:15])
         dz, dx = args[15:]
-        m, k = x.shape
+        m, k = args[4:6]
         lies = [0, *itertools.accumulate((r + 7) // 8 * 8 for _, r, *_ in members)]
         dz = at(dz, m, lies[-1], lies[-1], dtype)
         if not given:
@@ -304,7 +305,7 @@ def test_plans_are_made_once_and_checks_not_skipped(layers):
     assert ran == [("lora_group", name), ("lora_group_backward", name)] * 2
     with pytest.raises(ValueError, match=r"a\[1\] must have shape \[8, 16\], got \[8, 8\]"):
         layers(x, w, [a[0], a[1][:, :8], a[2]], b, t)
-    with pytest.raises(TypeError, match=r"weights\[2\] must be bfloat16, got float32"):
+    with pytest.raises(TypeError, match=r"x is bfloat16 and weights\[2\] float32"):
         layers(x, [*w[:2], w[2].float()], a, b, t)
 
 

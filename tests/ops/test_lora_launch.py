@@ -120,18 +120,21 @@ def test_an_nf4_weight(layer, nested):
     check(layer, x, codes, a, b, dy, matrix=w, parts=parts)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("rank", [3, 24])
-def test_every_set_of_wanted_gradients(layer, rank):
+def test_every_set_of_wanted_gradients(layer, rank, dropout):
+    """What none of them reads is not handed to the kernels."""
+    options = {"dropout": dropout, "seed": torch.tensor([7, 8]) if dropout else None}
     for wanted in itertools.product((False, True), repeat=4):
         x, w, a, b, dy = operands(r=rank, adapter=torch.bfloat16)
         leaves = [
             t.detach().requires_grad_(want) for t, want in zip((x, w, a, b), wanted, strict=True)
         ]
-        y = layer(*leaves)
+        y = layer(*leaves, **options)
         if any(wanted):
             y.backward(dy)
         exact_w = dy.double().t() @ x.double()
-        _, dx, da, db = exact(x, w, a, b, dy)
+        _, dx, da, db = exact(x, w, a, b, dy, **options)
         for leaf, want, e in zip(leaves, wanted, (dx, exact_w, da, db), strict=True):
             assert (leaf.grad is not None) == want
             assert not want or (leaf.grad.double() - e).norm() <= 0.01 * e.norm()
@@ -164,7 +167,7 @@ def test_plans_are_made_once_and_checks_not_skipped(layer, monkeypatch):
     assert asked == [False, True]
     with pytest.raises(ValueError, match=r"lora_A must have shape \[3, 16\], got \[3, 8\]"):
         layer(x, w, a[:, :8], b)
-    with pytest.raises(TypeError, match="weight must be bfloat16, got float32"):
+    with pytest.raises(TypeError, match="x is bfloat16 and weight float32"):
         layer(x, w.float(), a, b)
     with pytest.raises(ValueError, match="dropout must be in"):
         layer(x, w, a, b, dropout=2.0)
@@ -260,6 +263,22 @@ def test_gradients_that_are_added_to_those_there(layer, rank):
     for factor, first, *wants in zip((a, b), held, *parts, strict=True):
         assert factor.grad is first
         assert (first.double() - sum(wants)).norm() <= 0.01 * sum(wants).norm()
+
+
+def test_hooks_of_the_accumulating_nodes_find_the_gradients_there_and_are_given_none(layer):
+    x, w, a, b, dy = operands(r=8)
+    seen = []
+
+    def hook(factor):
+        return lambda _, grads: seen.append((grads, factor.grad is not None))
+
+    nodes = []  # kept: a factor's next use would make another
+    for factor in (a, b):
+        _accumulate.mark(factor, True)
+        nodes.append(factor.expand_as(factor).grad_fn.next_functions[0][0])
+        nodes[-1].register_hook(hook(factor))
+    layer(x, w, a, b).backward(dy)
+    assert seen == [((None,), True)] * 2
 
 
 @pytest.mark.parametrize(("rank", "dropout"), [(8, 0.0), (8, 0.25), (24, 0.0)])
