@@ -3,8 +3,9 @@
 
 Each adapted parameter has a layer around the module of experts, and the layers lie one in the other in the
 order of the parameters, the last one outermost: PEFT's form, in which a parameter's place in the nest says
-what it is. The outermost layer takes one expert after another, those that tokens go to alone, so that no
-W + s B A is made; without active adapters the module's own forward serves.
+what it is. The outermost layer takes all experts at once where it can (`grouped_experts.py`), else one after
+another, those that tokens go to alone; so no W + s B A is made. Without active adapters the module's own
+forward serves.
 """
 
 from __future__ import annotations
@@ -25,11 +26,9 @@ from pyfast.nn.experts import (
     projections,
     quantized_experts,
 )
+from pyfast.nn.grouped_experts import Factors, grouped_forward, why_not
 from pyfast.nn.switchable import check_merged
 from pyfast.nn.weight import DenseWeight, NF4Weight
-
-Factors = tuple[Tensor, Tensor, float]
-"""A [experts, R, in], B [experts, out, R] and s."""
 
 
 class LoraExperts(AdapterLayer):
@@ -120,6 +119,8 @@ class LoraExperts(AdapterLayer):
             out: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
             return out
         self._refuse_hooks()
+        if not why_not(self.frozen, hidden_states, serving):
+            return grouped_forward(self.frozen, hidden_states, top_k_index, top_k_weights, serving)
 
         def adapted(name: str, weight: DenseWeight | NF4Weight, index: int, x: Tensor) -> Tensor:
             if name not in serving:

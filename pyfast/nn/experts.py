@@ -100,7 +100,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     found = {name: tuple(tensor.shape) for name, tensor in expert_tensors(module).items()}
     found |= {name: tensor.shape for name, tensor in quantized_experts(module).items()}
     shapes = {}
-    for name in (_first(held), "down_proj") if found else ():
+    for name in (first_projection(held), "down_proj") if found else ():
         if name in found:
             experts, *ends = found[name]
             out, inner = reversed(ends) if held.is_transposed else ends
@@ -108,7 +108,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     return shapes
 
 
-def _first(module: Any) -> str:
+def first_projection(module: Any) -> str:
     """The projection that reads a module's input."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
@@ -163,7 +163,7 @@ def experts_forward(
         if not 0 <= index < module.num_experts:
             continue
         tokens, slots = torch.where(top_k_index == index)
-        name, x = _first(module), hidden_states[tokens]
+        name, x = first_projection(module), hidden_states[tokens]
         x = project(name, expert_weight(module, name, index), index, x)
         x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
         x = project("down_proj", expert_weight(module, "down_proj", index), index, x)
