@@ -57,7 +57,7 @@ def grouped_forward(
     (tokens, width), k = hidden_states.shape, top_k_index.shape[1]
     index = top_k_index.reshape(-1)
     exists = (index >= 0) & (index < module.num_experts)
-    index = index.where(exists, 0)  # a row for nothing, of which no sum is made
+    index = index.where(exists, 0)  # rows of zeros for nothing
     order = index.argsort(stable=True)
     experts = torch.arange(module.num_experts, device=index.device)
     ends = (index[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
@@ -74,7 +74,7 @@ def grouped_forward(
             y.add_(product(low, b.to(x.dtype).transpose(1, 2)))  # nothing has kept y
         return y
 
-    x = hidden_states[order // k]
+    x = hidden_states[order // k].masked_fill(~exists[order, None], 0)
     x = project(first_projection(module), x)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     x = project("down_proj", x)
@@ -82,7 +82,7 @@ def grouped_forward(
         x = module.post_expert_norm(x)
     # Back in the order of tokens, so that sums are made in one order.
     y = x.new_empty(x.shape).index_copy(0, order, x).view(tokens, k, width)
-    chosen = exists.view(tokens, k, 1)
-    y = (y * top_k_weights[..., None]).masked_fill(~chosen, 0)
+    weights = top_k_weights.masked_fill(~exists.view(tokens, k), 0)
+    y = y * weights[..., None]
     _library.record("lora_linear", "lora_linear_grouped_mm")
     return y.sum(1).to(hidden_states.dtype)

@@ -333,6 +333,7 @@ def lora_linear(
     x, weight, bias = cast_for_autocast(x, weight, bias)
     if dropout > 0.0:  # ahead of the generator's next state
         _library.refuse_nested("lora_linear", x)
+        _check.check_dtype("lora_linear", "x", x, _COMPUTE)
         if absmax is None:
             _check.check_weight("lora_linear", "weight", weight, x)
     if bias is not None:

@@ -36,7 +36,7 @@ def _linear_fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
     _check.check_dtype(op, "scale", scale, _COMPUTE)
     k, n = _check.features(op, "x", x), _check.rows(op, "weight", weight)
     _check.check_shape(op, "weight", weight, (n, k))
-    _check.check_dtype(op, "weight", weight, (x.dtype,))
+    _check.check_weight(op, "weight", weight, x)
     _check.check_shape(op, "scale", scale, (k,))
     if bias is not None:
         _check.check_shape(op, "bias", bias, (n,))
@@ -211,11 +211,19 @@ _linear = _library.define(
 )
 
 
+def _hooked() -> bool:
+    """Whether somebody keeps what autograd saves."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def scaled_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = (x * scale) W^T + bias over a frozen W; differentiable in x, scale and bias.
 
     Either x or W is multiplied with the scale, in float32 for half types and rounded once to x's dtype. Where
-    W wants a gradient or autocast casts, it is `F.linear(adapter_scale(x, scale), weight, bias)`.
+    W wants a gradient, autocast casts or saved tensors are hooked, as in checkpoints (which stop their second
+    forward ahead of the last product), it is `F.linear(adapter_scale(x, scale), weight, bias)`.
 
     Args:
         x: [..., K], floating point.
@@ -228,10 +236,12 @@ def scaled_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None 
 
     Raises:
         ValueError: shapes or devices do not fit.
+        TypeError: W's dtype is not x's.
         UnsupportedError: x is a nested tensor.
     """
-    (cast,) = cast_for_autocast(x)
-    if weight.requires_grad or not (x.dtype == weight.dtype == cast.dtype):
+    cast, cast_weight = cast_for_autocast(x, weight)
+    casts = cast is not x or cast_weight is not weight
+    if weight.requires_grad or casts or _hooked():
         return F.linear(adapter_scale(x, scale), weight, bias)
     y: Tensor = _linear(x, weight, scale, bias if bias is None else bias.to(x.dtype))
     return y

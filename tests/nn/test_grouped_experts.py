@@ -102,6 +102,15 @@ def test_an_infinite_token_stays_by_itself(grouped):
     assert finite.sum() == 299
 
 
+@pytest.mark.parametrize("value", [1e20, torch.nan])
+def test_what_no_expert_takes_reaches_no_gradient(value, grouped):
+    layer = layer_of(grouped, torch.bfloat16)
+    x, index, weights = routed(9, grouped, torch.bfloat16)
+    x[3], index[3], weights[3] = value, 4, value
+    dy = seeded((9, 64), seed=3, dtype=torch.bfloat16, device=grouped)
+    assert all(t.isfinite().all() for t in results(layer, x, index.clamp(min=1), weights, dy))
+
+
 REASONS = {
     "a CPU": (lambda layer, x: (layer, x.cpu()), "are for CUDA devices"),
     "float32": (lambda layer, x: (layer.float(), x.float()), "are of bfloat16"),

@@ -277,3 +277,10 @@ def test_a_weight_of_another_dtype_is_refused(dtype, text, dropout, device):
         with torch.autocast(device, dtype):
             assert ops.lora_linear(x, w, a, b, scale=1.0, dropout=dropout).dtype is dtype
         ops.lora_linear(x.to(dtype), w, a, b, scale=1.0, dropout=dropout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_integer_x_is_named(dropout):
+    x, a, b = torch.ones(6, 16, dtype=torch.int64), torch.randn(3, 16), torch.randn(8, 3)
+    with pytest.raises(TypeError, match=r"lora_linear: x must be float32, .* got int64"):
+        ops.lora_linear(x, torch.randn(8, 16), a, b, scale=1.0, dropout=dropout)

@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyfast import _extension, ops
 from pyfast.errors import UnsupportedError
@@ -132,12 +133,29 @@ def test_used_twice_and_checkpointed(device):
             torch.testing.assert_close(got, true)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_make_no_product_more_than_a_compositions(reentrant):
+    (x, scale, bias), w, _ = tensors((40, 12), 8, torch.float32)
+    counted = []
+    for function in (ops.scaled_linear, lambda x, w, s, b: F.linear(ops.adapter_scale(x, s), w, b)):
+        with FlopCounterMode(display=False) as flops:
+            checkpoint(function, x, w, scale, bias, use_reentrant=reentrant).sum().backward()
+        counted.append(flops.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
+def test_the_dtypes_of_x_and_weight_must_agree():
+    (x, scale, bias), w, _ = tensors((4, 12), 8, torch.bfloat16)
+    with pytest.raises(
+        TypeError, match=r"x is bfloat16 and weight float32\. Fix: cast x to float32"
+    ):
+        ops.scaled_linear(x, w.float(), scale, bias)
+
+
 def test_only_the_input_is_kept_for_the_backward():
     (x, scale, bias), w, _ = tensors((40, 12), 8, torch.float32)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = ops.scaled_linear(x, w, scale, bias)
-    assert y.requires_grad
+    y = ops.scaled_linear(x, w, scale, bias)
+    kept = y.grad_fn.saved_tensors
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, w, scale)}
 
 
