@@ -53,7 +53,18 @@ def grouped_forward(
     top_k_weights: Tensor,
     serving: Mapping[str, Sequence[Factors]],
 ) -> Tensor:
-    """As `experts_forward`, with the adapters of each parameter: y = x W_e^T + s (x A_e^T) B_e^T."""
+    """Each token's chosen experts, weighted and added up, with adapters: y = x W_e^T + s (x A_e^T) B_e^T.
+
+    Args:
+        module: experts that `why_not` has nothing against.
+        hidden_states: [tokens, hidden], bfloat16.
+        top_k_index: [tokens, k] integers; a number that no expert has stands for none.
+        top_k_weights: [tokens, k], floating point.
+        serving: the factors of each adapted parameter, by its name.
+
+    Returns:
+        [tokens, hidden] of `hidden_states`' dtype.
+    """
     (tokens, width), k = hidden_states.shape, top_k_index.shape[1]
     index = top_k_index.reshape(-1)
     exists = (index >= 0) & (index < module.num_experts)
@@ -81,7 +92,7 @@ def grouped_forward(
     if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)
     # Back in the order of tokens, so that sums are made in one order.
-    y = x.new_empty(x.shape).index_copy(0, order, x).view(tokens, k, width)
+    y = x.new_empty(x.shape).index_copy_(0, order, x).view(tokens, k, width)
     weights = top_k_weights.masked_fill(~exists.view(tokens, k), 0)
     y = y * weights[..., None]
     _library.record("lora_linear", "lora_linear_grouped_mm")

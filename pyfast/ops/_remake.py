@@ -23,6 +23,13 @@ LEAST = 1 << 22
 """Elements from which on it pays: below, the launch costs more than the memory is worth."""
 
 
+def saved_tensors_are_hooked() -> bool:
+    """Whether somebody keeps what autograd saves, as checkpoints do; never while compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def recipe(x: Tensor, norms: bool = False) -> Callable[[], Tensor] | None:
     """How to make `x` again once its backward has begun; None where it must be kept.
 
@@ -38,7 +45,7 @@ def recipe(x: Tensor, norms: bool = False) -> Callable[[], Tensor] | None:
     make = _PRODUCTS.get(name) or (_NORMS.get(name) if norms else None)
     if make is None or torch.compiler.is_compiling():
         return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if saved_tensors_are_hooked():
         return None
     try:
         return make(node, x)

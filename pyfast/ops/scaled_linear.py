@@ -23,6 +23,7 @@ from pyfast.ops import _check, _library
 from pyfast.ops._adapter_launch import scale_into
 from pyfast.ops._autocast import cast_for_autocast
 from pyfast.ops._lora_launch import copied, in_place, stored
+from pyfast.ops._remake import saved_tensors_are_hooked
 from pyfast.ops._scratch import raw_stream, scratch, scratch_lock, workspace
 from pyfast.ops.adapter import adapter_scale
 from pyfast.ops.nf4 import FLOATS
@@ -211,13 +212,6 @@ _linear = _library.define(
 )
 
 
-def _hooked() -> bool:
-    """Whether somebody keeps what autograd saves."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
 def scaled_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = (x * scale) W^T + bias over a frozen W; differentiable in x, scale and bias.
 
@@ -241,7 +235,7 @@ def scaled_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None 
     """
     cast, cast_weight = cast_for_autocast(x, weight)
     casts = cast is not x or cast_weight is not weight
-    if weight.requires_grad or casts or _hooked():
+    if weight.requires_grad or casts or saved_tensors_are_hooked():
         return F.linear(adapter_scale(x, scale), weight, bias)
     y: Tensor = _linear(x, weight, scale, bias if bias is None else bias.to(x.dtype))
     return y

@@ -28,7 +28,7 @@ def layer_of(device, dtype, rank=8, adapters=1):
     for inner in layer.nest():
         for more in range(1, adapters):
             inner.add(f"more{more}", rank, 0.5, "gaussian", dtype)
-            torch.nn.init.normal_(inner.lora_B[f"more{more}"].weight.to(device), std=0.1)
+            torch.nn.init.normal_(inner.lora_B[f"more{more}"].weight, std=0.1)
             inner.active = [*inner.active, f"more{more}"]
     return layer.to(device, dtype)
 
