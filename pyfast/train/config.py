@@ -95,8 +95,8 @@ class DatasetOptions:
             side of the split.
         deduplicate: Drop records whose prompt and answer repeat an earlier one.
         max_length: Tokens kept of a record; the rest is cut from the end and counted.
-        packing: Lay the records of a forward pass end to end in rows of at most `max_length` tokens, each
-            apart from the others: less padding, the same loss and gradients.
+        packing: Lay the records of a forward pass end to end in rows of at most `max_length` tokens, or in
+            one row where attention runs over each record alone: less padding, the same loss and gradients.
         on_bad_record: "raise" at the first record that cannot be used, or "skip" and count them.
         max_bad_fraction: With "skip", stop when more than this share of the records is bad.
     """

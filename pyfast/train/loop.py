@@ -30,7 +30,7 @@ from pyfast.train.model import (
     write_weights,
 )
 from pyfast.train.optim import check_optimizer, make_optimizer
-from pyfast.train.packing import check_packing, collate_packed, row_capacity
+from pyfast.train.packing import collate_packed, prepare_packing, row_capacity
 from pyfast.train.run import (
     Result,
     StopSignals,
@@ -79,7 +79,7 @@ def finetune(config: FinetuneConfig) -> Result:
         )
     check_data(model, tokenizer, data)
     if config.dataset.packing:
-        check_packing(model, data.train.items)
+        prepare_packing(model, data.train.items, place)
     trainer = Trainer(config, place, model, tokenizer, parameters, data, output)
     describe(config, place, model, parameters, data, trainer.total)
     if checkpoint:

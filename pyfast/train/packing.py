@@ -2,7 +2,8 @@
 """Several records in one row, each apart from the others: less padding, the same loss and gradients.
 
 Positions begin again with each record. transformers reads from them, where there is no attention mask,
-which tokens belong together, and makes attention block-diagonal (varlen under flash-attn).
+which tokens belong together, and makes attention block-diagonal (on a GPU by kernels that know of records:
+`pyfast.train.attention`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import numpy as np
 import torch
 
 from pyfast.errors import UnsupportedError
+from pyfast.integrations import varlen_attention
 from pyfast.nn.prompt import VirtualTokens
+from pyfast.train.attention import choose_attention
 from pyfast.train.data import IGNORED, Batch, Example
-from pyfast.train.model import evaluating
+from pyfast.train.metrics import say
+from pyfast.train.model import Place, evaluating
 
 _FIX = "Fix: --dataset.packing false"
 # Of the trial's records; a difference that attention across their border makes shows in a few tokens.
@@ -69,18 +73,38 @@ def collate_packed(items: list[Example], capacity: int, pad_id: int, device: tor
 
 
 def row_capacity(model: Any, max_length: int) -> int:
-    """Tokens of a row. Where records must be in one row (flash-attn's varlen, virtual tokens): no limit."""
-    flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+    """Tokens of a row. No limit where records must be in one row (flash-attn's varlen, virtual tokens), or
+    gain by it: torch's varlen kernels make as little of a long row as of several, and one has no padding."""
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    one_row = attention.startswith(("flash", varlen_attention.NAME))
     prompts = any(isinstance(module, VirtualTokens) for module in model.modules())
-    return 2**62 if flash or prompts else max_length
+    return 2**62 if one_row or prompts else max_length
 
 
-def check_packing(model: Any, items: list[Example]) -> None:
-    """Refuse a model that does not compute packed records as it computes each alone.
+def prepare_packing(model: Any, items: list[Example], place: Place) -> None:
+    """Give a model the best attention for packed records that computes each as it is computed alone.
 
     Raises:
-        UnsupportedError: With the reason.
+        UnsupportedError: There is none; with the reason.
     """
+    _check_kind(model)
+    former, chosen = model.config._attn_implementation, choose_attention(model, place)
+    if chosen != former:
+        try:
+            model.set_attn_implementation(chosen)
+            check_records(model, items, place.dtype)
+            return
+        except Exception as error:  # kernels and their libraries raise anything
+            model.set_attn_implementation(former)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            say(
+                f"Packing: {chosen} does not serve {type(model).__name__}, {former} is kept: {reason}"
+            )
+    check_records(model, items, place.dtype)
+
+
+def _check_kind(model: Any) -> None:
+    """Refuse models that no attention helps."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedError(
@@ -92,24 +116,37 @@ def check_packing(model: Any, items: list[Example]) -> None:
             f"dataset.packing is true, but in {name} the recurrent scan and the convolution run along the "
             f"whole row, so a record would see those before it. {_FIX}"
         )
-    off = _difference(model, items)
-    dtype = model.get_input_embeddings().weight.dtype
+
+
+def check_records(model: Any, items: list[Example], dtype: torch.dtype) -> None:
+    """Refuse a model that does not compute packed records as it computes each alone.
+
+    Args:
+        model: A decoder.
+        items: The training records; two of them are tried.
+        dtype: What is computed in, under autocast where it is not the weights' own.
+
+    Raises:
+        UnsupportedError: With the reason.
+    """
+    off = _difference(model, items, dtype)
     if not off <= _ROUNDING.get(dtype, 1e-3):
         raise UnsupportedError(
-            f"dataset.packing is true, but {name} computes two packed records otherwise than each alone "
-            f"(logits differ by {off:.1%} of the largest). {_FIX}"
+            f"dataset.packing is true, but {type(model).__name__} computes two packed records otherwise than "
+            f"each alone (logits differ by {off:.1%} of the largest). {_FIX}"
         )
 
 
-def _difference(model: Any, items: list[Example]) -> float:
+def _difference(model: Any, items: list[Example], dtype: torch.dtype) -> float:
     """How far logits of two packed records are from those of each alone, as a share of the largest."""
-    device = model.get_input_embeddings().weight.device
+    weight = model.get_input_embeddings().weight
+    device, cast = weight.device, dtype != weight.dtype
     parts = [
         torch.from_numpy(items[index].tokens[:_TRIAL_TOKENS].astype(np.int64))[None].to(device)
         for index in (0, -1)
     ]
     positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
-    with evaluating(model):
+    with evaluating(model), torch.autocast(device.type, dtype, enabled=cast):
         alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in parts], dim=1)
         both = torch.cat(parts, dim=1)
         packed = model(input_ids=both, position_ids=positions, use_cache=False).logits

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from pyfast.errors import CheckpointWriteError, ConfigError, PyfastError, ResumeError
 from pyfast.train import checkpoint as ckpt
 from pyfast.train import default_data
+from pyfast.train.attention import attention_in_words
 from pyfast.train.checkpoint import Checkpoint, Progress
 from pyfast.train.config import FinetuneConfig, to_dict
 from pyfast.train.data import Data
@@ -222,6 +223,8 @@ def describe(
         say("  held out: nothing")
     size = config.run.batch_size * config.run.accumulation
     packed = ", packed" if config.dataset.packing else ""
+    if packed:
+        say(f"Packing: records are kept apart by {attention_in_words(model)}")
     say(f"Run: {total:,} steps of {size} records{packed}, peak learning rate {config.peak_lr:g}\n")
 
 
@@ -352,7 +355,8 @@ def finish(
         progress.exact_match_before,
         progress.exact_match,
     )
-    summary = {**asdict(progress), "weights": kind}
+    attention = model.config._attn_implementation
+    summary = {**asdict(progress), "weights": kind, "attention": attention}
     (output / "result.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     samples.show()
     say(f"\nTrained {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:.0f} s.")

@@ -12,69 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 import pyfast
 from pyfast.errors import UnsupportedError
 from pyfast.train import finetune
 from pyfast.train.config import DatasetOptions, FinetuneConfig, PromptOptions
-from pyfast.train.data import IGNORED, Example, load_data
-from pyfast.train.forms import Record
+from pyfast.train.data import IGNORED, load_data
 from pyfast.train.loop import Trainer
-from pyfast.train.model import choose_place, prepare_model, trainable_parameters
-from pyfast.train.packing import check_packing, collate_packed, fill_rows, row_capacity
+from pyfast.train.model import Place, choose_place, prepare_model, trainable_parameters
+from pyfast.train.packing import (
+    check_records,
+    collate_packed,
+    fill_rows,
+    prepare_packing,
+    row_capacity,
+)
 from pyfast.train.run import seed_everything
 from tests.family_models import VARIANTS, variant
+from tests.packed import compare, examples
 
 DECODERS = [name for name in VARIANTS if not name.startswith(("t5", "recurrent"))]
-RECORD = Record.pair("p", "c", "f", 1)
-
-
-def examples(lengths: list[int], seed: int = 0) -> list[Example]:
-    """Random tokens; the second half of each record is learned, but for one that is learned whole."""
-    draw = np.random.default_rng(seed)
-    items = []
-    for length in lengths:
-        learned = np.arange(length) >= (1 if length == max(lengths) else -(-length // 2))
-        items.append(Example(draw.integers(3, 96, length).astype(np.int32), learned, RECORD))
-    return items
-
-
-def alone(model: Any, items: list[Example]) -> torch.Tensor:
-    """Oracle: each record in a forward pass of its own, without mask and positions."""
-    losses = []
-    for item in items:
-        ids = torch.from_numpy(item.tokens.astype(np.int64))
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        chosen = torch.from_numpy(item.learned[1:])
-        losses.append(F.cross_entropy(logits[chosen], ids[1:][chosen], reduction="sum"))
-    return torch.stack(losses).sum()
-
-
-def packed(model: Any, items: list[Example], capacity: int) -> torch.Tensor:
-    batch = collate_packed(items, capacity, 0, torch.device("cpu"))
-    labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-
-
-def compare(model: Any, items: list[Example], capacity: int, tolerance: float) -> None:
-    """Loss and gradients; differences are told from rounding by the largest gradients."""
-    expected, found = alone(model, items), packed(model, items, capacity)
-    torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=0)
-    left, right = gradients(model, found), gradients(model, expected)
-    assert left.keys() == right.keys()
-    largest = max(float(gradient.abs().max()) for gradient in right.values())
-    for key, gradient in right.items():
-        limit = tolerance * max(float(gradient.abs().max()), 1e-3 * largest)
-        assert float((left[key] - gradient).abs().max()) <= limit, key
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -138,14 +96,14 @@ class Leaking(transformers.LlamaForCausalLM):
 )
 def test_models_that_would_leak_are_refused(make: Callable[[], Any], reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason) as caught:
-        check_packing(make(), examples([9, 7]))
+        prepare_packing(make(), examples([9, 7]), Place(torch.device("cpu"), torch.float32, ""))
     assert str(caught.value).endswith("Fix: --dataset.packing false")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon-rw", "mixtral"])
 def test_models_that_do_not_leak_are_taken(name: str, dtype: torch.dtype) -> None:
-    check_packing(variant(name).to(dtype), examples([9, 7]))
+    check_records(variant(name).to(dtype), examples([9, 7]), dtype)
 
 
 @pytest.fixture
