@@ -82,30 +82,13 @@ Kernel::Arguments arguments_of(const ScaledGemmArgs& args, const lora::GemmPlan&
 
 void launch_scaled_gemm_sm90(const ScaledGemmArgs& args, const lora::GemmPlan& plan, int sm_count,
                              void* stream) {
-  constexpr int kClusterM = cute::size<0>(Cluster{});
-  const auto tiles = [](std::int64_t size, int tile) {
-    return static_cast<int>((size + tile - 1) / tile);
-  };
   auto params = Kernel::to_underlying_arguments(arguments_of(args, plan, sm_count), nullptr);
-  int clusters = sm_count / kClusterM;
-  const int all = lora::order_of_tiles<Cluster>(params.scheduler, tiles(args.m, kScaledTileM),
-                                                tiles(args.k, kScaledTileN), plan, false, clusters);
-  // No more blocks than the waves need: what runs beside gets the SMs that are left.
-  clusters = tiles(all, tiles(all, clusters));
-  constexpr int kShared = Kernel::SharedStorageSize;
-  allow_shared_memory<&cutlass::device_kernel<Kernel>>(kOp, kShared);
-
-  cudaLaunchConfig_t config{};
-  config.gridDim = plan.along_n ? dim3(kClusterM, clusters) : dim3(clusters * kClusterM, 1);
-  config.blockDim = Kernel::get_block_shape();
-  config.dynamicSmemBytes = kShared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kClusterM, 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  CUDA_CHECK(kOp, cudaLaunchKernelEx(&config, &cutlass::device_kernel<Kernel>, params));
+  const int most = sm_count / cute::size(Cluster{});
+  const int all =
+      lora::order_of_tiles<Cluster>(params.scheduler, lora::tiles_of(args.m, kScaledTileM),
+                                    lora::tiles_of(args.k, kScaledTileN), plan, false, most);
+  lora::launch_clusters<Kernel>(kOp, params, plan.along_n, lora::clusters_for(all, most),
+                                lora::Start::kInOrder, stream);
 }
 
 }  // namespace pyfast::adapter

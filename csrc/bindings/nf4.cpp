@@ -71,6 +71,35 @@ std::string_view few_rows(int device, std::uintptr_t x, std::int64_t pitch_x, st
                        {device, threads, pointer<void>(stream)}, variant);
 }
 
+std::string_view gemm(int device, std::uintptr_t x, std::int64_t pitch_x, std::uintptr_t packed,
+                      std::uintptr_t absmax, std::uintptr_t nested_absmax, std::uintptr_t offset,
+                      std::uintptr_t z, std::int64_t pitch_z, std::uintptr_t b,
+                      std::int64_t pitch_b, std::uintptr_t bias, std::uintptr_t y,
+                      std::int64_t pitch_y, int m, int n, int k, int r, bool by_out, int dtype,
+                      int blocksize, int threads, std::uintptr_t stream) {
+  return nf4::gemm({.x = pointer<const void>(x),
+                    .packed = pointer<const std::uint8_t>(packed),
+                    .absmax = pointer<const void>(absmax),
+                    .nested_absmax = pointer<const float>(nested_absmax),
+                    .offset = pointer<const float>(offset),
+                    .z = pointer<const void>(z),
+                    .b = pointer<const void>(b),
+                    .bias = pointer<const void>(bias),
+                    .y = pointer<void>(y),
+                    .pitch_x = pitch_x,
+                    .pitch_z = pitch_z,
+                    .pitch_b = pitch_b,
+                    .pitch_y = pitch_y,
+                    .m = m,
+                    .n = n,
+                    .k = k,
+                    .r = r,
+                    .by_out = by_out,
+                    .dtype = static_cast<DType>(dtype),
+                    .blocksize = blocksize},
+                   {device, threads, pointer<void>(stream)});
+}
+
 }  // namespace
 
 void bind_nf4(py::module_& m) {
@@ -93,6 +122,13 @@ void bind_nf4(py::module_& m) {
         py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("blocksize"), py::arg("early"),
         py::arg("threads"), py::arg("stream"), py::arg("variant") = "",
         "y[m, n] = x[m, k] W^T + bias from the packed W [n, k]. Returns the kernel's name.");
+  m.def("nf4_gemm", &gemm, Unlocked(), py::kw_only(), py::arg("device"), py::arg("x"),
+        py::arg("pitch_x"), py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
+        py::arg("offset"), py::arg("z"), py::arg("pitch_z"), py::arg("b"), py::arg("pitch_b"),
+        py::arg("bias"), py::arg("y"), py::arg("pitch_y"), py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("r"), py::arg("by_out"), py::arg("dtype"), py::arg("blocksize"), py::arg("threads"),
+        py::arg("stream"),
+        "y[m, n] = x[m, k] W^T + z[m, r] B^T + bias from the packed W. Returns the kernel's name.");
 }
 
 }  // namespace pyfast

@@ -77,7 +77,11 @@ std::string missing_cuda(int min_sm) {
 
 DeviceGuard::DeviceGuard(int ordinal) : ordinal_(ordinal) {
   CUDA_CHECK("device", cudaGetDevice(&previous_));
-  if (previous_ != ordinal_) CUDA_CHECK("device", cudaSetDevice(ordinal_));
+  // A thread has no context before the runtime made one current, which the driver's own functions
+  // do not do: autograd's threads begin without.
+  thread_local bool has_context = false;
+  if (previous_ != ordinal_ || !has_context) CUDA_CHECK("device", cudaSetDevice(ordinal_));
+  has_context = true;
 }
 
 DeviceGuard::~DeviceGuard() {

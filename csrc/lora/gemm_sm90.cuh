@@ -14,8 +14,8 @@
 #include <type_traits>
 
 #include "common/check.h"
-#include "common/shared_memory.cuh"
 #include "lora/kernels.h"
+#include "lora/launch_sm90.cuh"
 #include "lora/makes_z.cuh"
 #include "lora/two_pairs.cuh"
 
@@ -60,32 +60,6 @@ template <class Stock>
 struct MainloopOf<Stock, Kind::kMaking128> {
   using type = MakesZ<Stock, 128>;
 };
-
-// Has the scheduler take the tiles in a plan's order: `swizzle` columns of clusters at a time along
-// M, or rows along N. CUTLASS would round both up to the swizzle. Where rounding costs a wave and
-// the kernel does not rely on the swizzle, it is halved.
-template <class Cluster, class Params>
-int order_of_tiles(Params& params, int tiles_m, int tiles_n, const GemmPlan& plan, bool relies,
-                   int most_clusters) {
-  using Divmod = decltype(params.divmod_cluster_blk_major_);
-  constexpr int kM = cute::size<0>(Cluster{}), kN = cute::size<1>(Cluster{});
-  const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
-  const int rows = ceil_div(tiles_m, kM), columns = ceil_div(tiles_n, kN);
-  const int along = plan.along_n ? columns : rows, across = plan.along_n ? rows : columns;
-  const auto clusters = [&](int log) { return ceil_div(across, 1 << log) * (1 << log) * along; };
-  int log = 0;
-  while (2 << log <= plan.swizzle) ++log;
-  while (!relies && log > 0 &&
-         ceil_div(clusters(log), most_clusters) > ceil_div(clusters(0), most_clusters)) {
-    --log;
-  }
-  const auto blocks = static_cast<std::uint64_t>(clusters(log)) * kM * kN;
-  params.log_swizzle_size_ = log;
-  params.divmod_cluster_blk_major_ = Divmod(static_cast<std::uint64_t>(along));
-  params.divmod_batch_ = Divmod(blocks);
-  params.blocks_per_problem_ = blocks;
-  return clusters(log);
-}
 
 // One kernel of the family. kByOut: W is stored [N, K] and B [N, R]; else [K, N] and [R, N].
 template <class Element, bool kByOut, class Tile, class Cluster, class Schedule,
@@ -198,43 +172,17 @@ struct GemmSm90 {
     arguments.scheduler.raster_order = plan.along_n ? Raster::AlongN : Raster::AlongM;
 
     auto params = Kernel::to_underlying_arguments(arguments, nullptr);
-    constexpr int kClusterM = cute::size<0>(Cluster{}), kClusterN = cute::size<1>(Cluster{});
-    constexpr int kCluster = kClusterM * kClusterN;
-    const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
-    int clusters = (plan.blocks > 0 ? plan.blocks : sm_count) / kCluster;
-    const int all = order_of_tiles<Cluster>(params.scheduler, ceil_div(args.m, kM),
-                                            ceil_div(args.n, kN), plan, kMakingRank > 0, clusters);
-    // No more blocks than the waves need: what runs beside gets the SMs that are left.
-    if (plan.blocks == 0) clusters = ceil_div(all, ceil_div(all, clusters));
-    clusters = std::min(clusters, all);
+    int clusters = (plan.blocks > 0 ? plan.blocks : sm_count) / cute::size(Cluster{});
+    const int all = order_of_tiles<Cluster>(params.scheduler, tiles_of(args.m, kM),
+                                            tiles_of(args.n, kN), plan, kMakingRank > 0, clusters);
+    clusters = std::min(plan.blocks > 0 ? clusters : clusters_for(all, clusters), all);
     if constexpr (kKind == Kind::kMasked || kMakingRank > 0)
       params.mainloop.scheduler = params.scheduler;
-    auto* kernel = &cutlass::device_kernel<Kernel>;
-    constexpr int kShared = Kernel::SharedStorageSize;
-    allow_shared_memory<&cutlass::device_kernel<Kernel>>("lora_linear", kShared);
-
-    cudaLaunchConfig_t config{};
-    config.gridDim = plan.along_n ? dim3(kClusterM, clusters * kClusterN)
-                                  : dim3(clusters * kClusterM, kClusterN);
-    config.blockDim = Kernel::get_block_shape();
-    config.dynamicSmemBytes = kShared;
-    config.stream = stream;
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1};
-    config.attrs = attributes;
-    config.numAttrs = 1;
-    if constexpr (kMakingRank > 0) {
-      // Blocks wait for one another: all of them must run, whatever else runs on the device.
-      attributes[1].id = cudaLaunchAttributeCooperative;
-      attributes[1].val.cooperative = 1;
-      config.numAttrs = 2;
-    } else if (early) {
-      attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[1].val.programmaticStreamSerializationAllowed = 1;
-      config.numAttrs = 2;
-    }
-    CUDA_CHECK("lora_linear", cudaLaunchKernelEx(&config, kernel, params));
+    // Blocks that make z wait for one another: all must run, whatever else runs on the device.
+    const Start start = kMakingRank > 0 ? Start::kTogether
+                        : early         ? Start::kEarly
+                                        : Start::kInOrder;
+    launch_clusters<Kernel>("lora_linear", params, plan.along_n, clusters, start, stream);
   }
 };
 

@@ -9,8 +9,8 @@
 
 #include "common/check.h"
 #include "common/vec.cuh"
-#include "nf4/codebook.h"
 #include "nf4/kernels.h"
+#include "nf4/tables.cuh"
 
 namespace pyfast::nf4 {
 namespace {
@@ -18,15 +18,6 @@ namespace {
 constexpr int kThreads = 256;
 // Two, four and eight 4-byte loads a lane measure the same; persistent blocks are 5 to 8 % slower.
 constexpr int kBytesPerLane = 16;
-
-__constant__ float c_codes[16] = {
-    kCodes[0], kCodes[1], kCodes[2],  kCodes[3],  kCodes[4],  kCodes[5],  kCodes[6],  kCodes[7],
-    kCodes[8], kCodes[9], kCodes[10], kCodes[11], kCodes[12], kCodes[13], kCodes[14], kCodes[15],
-};
-
-__device__ const float d_dynamic_map[256] = {
-#include "nf4/dynamic_map.inc"
-};
 
 struct Args {
   const std::uint8_t* packed;  // from first_block on

@@ -56,6 +56,17 @@ constexpr Variant<DequantizeParams> kDequantize[] = {
     {"nf4_dequantize_scalar", Isa::scalar, 0, on_cpu<dequantize_scalar, DequantizeParams>},
 };
 
+// Why a device other than Hopper cannot run what is compiled for Hopper alone.
+std::string reason_unless_90([[maybe_unused]] const Placement& place) {
+#ifdef PYFAST_CUDA
+  if (const int sm = cuda_device(place.device).sm; sm != 90) {
+    return concat("it needs compute capability 9.0, device ", place.device, " has ", sm / 10, ".",
+                  sm % 10);
+  }
+#endif
+  return {};
+}
+
 // A kernel of the few-row product and what it takes; first match wins.
 struct FewRowsKernel {
   Variant<FewRowsParams> variant;
@@ -65,12 +76,7 @@ struct FewRowsKernel {
   std::string reason_at(const FewRowsParams& params, const Placement& place) const {
     if (std::string reason = variant.reason_at(place); !reason.empty()) return reason;
     if (params.m > most_rows) return concat("it takes up to ", most_rows, " rows, got ", params.m);
-#ifdef PYFAST_CUDA
-    if (const int sm = cuda_device(place.device).sm; only_90 && sm != 90) {
-      return concat("it needs compute capability 9.0, device ", place.device, " has ", sm / 10, ".",
-                    sm % 10);
-    }
-#endif
+    if (only_90) return reason_unless_90(place);
     return {};
   }
 };
@@ -95,6 +101,50 @@ std::span<const FewRowsKernel> few_rows_kernels() {
 #else
   return {};
 #endif
+}
+
+// One row, in builds for Hopper.
+#ifdef PYFAST_SM90
+void launch_gemm(const GemmParams& params, const Placement& place) {
+  (params.dtype == DType::bf16 ? launch_gemm_sm90_bf16 : launch_gemm_sm90_f16)(params, place);
+}
+constexpr Variant<GemmParams> kGemm[] = {
+    {"nf4_gemm_sm90", Isa::scalar, 90, on_cuda<launch_gemm, GemmParams>},
+};
+#else
+constexpr std::span<const Variant<GemmParams> > kGemm;
+#endif
+
+void check_gemm(std::string_view op, const GemmParams& params) {
+  const auto fits = [](const void* pointer, std::int64_t pitch, std::int64_t columns) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0 && pitch % 8 == 0 &&
+           pitch >= columns;
+  };
+  PYFAST_CHECK(params.dtype == DType::f16 || params.dtype == DType::bf16, op,
+               ": dtype must be 1 (float16) or 2 (bfloat16), got ", static_cast<int>(params.dtype));
+  PYFAST_CHECK(params.blocksize == 64, op, ": blocksize must be 64, got ", params.blocksize);
+  PYFAST_CHECK(params.m > 0 && params.n > 0 && params.k > 0 && params.r >= 0, op,
+               ": m, n and k must be positive and r not negative, got ", params.m, ", ", params.n,
+               ", ", params.k, " and ", params.r);
+  PYFAST_CHECK(
+      (params.by_out ? params.k : params.n) % 64 == 0 && params.n % 8 == 0 && params.k % 8 == 0, op,
+      ": W's columns must be a multiple of 64, its rows of 8, got n ", params.n, " and k ",
+      params.k);
+  PYFAST_CHECK((params.nested_absmax == nullptr) == (params.offset == nullptr), op,
+               ": nested_absmax and offset belong together; one of them is null");
+  check_pointer(op, "x", params.x);
+  check_pointer(op, "packed", params.packed);
+  check_pointer(op, "absmax", params.absmax);
+  check_pointer(op, "y", params.y);
+  PYFAST_CHECK(fits(params.x, params.pitch_x, params.k) && fits(params.packed, 0, 0) &&
+                   fits(params.y, params.pitch_y, params.n),
+               op, ": x, packed and y must lie at multiples of 16 bytes, rows in multiples of 8");
+  if (params.r == 0) return;
+  check_pointer(op, "z", params.z);
+  check_pointer(op, "b", params.b);
+  PYFAST_CHECK(fits(params.z, params.pitch_z, params.r) &&
+                   fits(params.b, params.pitch_b, params.by_out ? params.r : params.n),
+               op, ": z and b must lie at multiples of 16 bytes, rows in multiples of 8");
 }
 
 void check_few_rows(std::string_view op, const FewRowsParams& params) {
@@ -193,10 +243,27 @@ std::string_view few_rows(const FewRowsParams& params, const Placement& place,
                                      reasons.empty() ? "this build has none" : reasons, ")"));
 }
 
+std::string_view gemm(const GemmParams& params, const Placement& place) {
+  check_gemm("nf4_gemm", params);
+  std::string reason = "this build has none";
+  for (const Variant<GemmParams>& kernel : kGemm) {
+    reason = kernel.reason_at(place);
+    if (reason.empty()) reason = reason_unless_90(place);
+    if (!reason.empty()) continue;
+    kernel.launch(params, place);
+    return kernel.name;
+  }
+  throw std::invalid_argument(concat("nf4_gemm: no kernel can run here (", reason, ")"));
+}
+
 std::vector<VariantInfo> variants(std::string_view op) {
   if (op == "nf4_quantize") return describe<QuantizeParams>(kQuantize);
   if (op == "nf4_nest") return describe<NestParams>(kNest);
   if (op == "nf4_dequantize") return describe<DequantizeParams>(kDequantize);
+  if (op == "nf4_gemm") {
+    for (const Variant<GemmParams>& kernel : kGemm) return {{kernel.name, true, kernel.reason()}};
+    return {{"nf4_gemm_sm90", true, "this build has no kernels for Hopper"}};
+  }
   if (op == "nf4_few_rows") {
     std::vector<VariantInfo> rows;
     for (const FewRowsKernel& kernel : few_rows_kernels()) {

@@ -13,8 +13,8 @@
 #include <type_traits>
 
 #include "common/vec.cuh"
-#include "nf4/codebook.h"
 #include "nf4/nf4.h"
+#include "nf4/tables.cuh"
 
 namespace pyfast::nf4::few {
 
@@ -22,15 +22,6 @@ constexpr int kBlock = 64;
 constexpr int kTableRow = 256;  // bytes
 constexpr int kTableBytes = 256 * kTableRow;
 constexpr int kMapBytes = 256 * 4;
-
-__constant__ float c_codes[16] = {
-    kCodes[0], kCodes[1], kCodes[2],  kCodes[3],  kCodes[4],  kCodes[5],  kCodes[6],  kCodes[7],
-    kCodes[8], kCodes[9], kCodes[10], kCodes[11], kCodes[12], kCodes[13], kCodes[14], kCodes[15],
-};
-
-__device__ const float d_dynamic_map[256] = {
-#include "nf4/dynamic_map.inc"
-};
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));

@@ -32,4 +32,8 @@ void launch_few_rows_mma_sm80(const FewRowsParams& params, const Placement& plac
 void launch_few_rows_mma_sm90(const FewRowsParams& params, const Placement& place);
 void launch_few_rows_wgmma_sm90(const FewRowsParams& params, const Placement& place);
 
+inline constexpr const char* kGemmOp = "nf4_gemm";
+void launch_gemm_sm90_bf16(const GemmParams& params, const Placement& place);
+void launch_gemm_sm90_f16(const GemmParams& params, const Placement& place);
+
 }  // namespace pyfast::nf4

@@ -72,6 +72,25 @@ struct FewRowsParams {
   bool early;
 };
 
+// y[m, n] = x[m, k] W^T + z[m, r] B^T + bias, with W stored [n, k] (by_out) or [k, n] in NF4, B the
+// same way in dtype. r = 0 leaves z and B out. Pitches in elements, multiples of 8.
+struct GemmParams {
+  const void* x;
+  const std::uint8_t* packed;
+  const void* absmax;          // flat: float [B]; nested: uint8 [B]
+  const float* nested_absmax;  // [G], null when flat
+  const float* offset;         // [1], null when flat
+  const void* z;
+  const void* b;
+  const void* bias;  // [n] or null
+  void* y;
+  std::int64_t pitch_x, pitch_z, pitch_b, pitch_y;
+  int m, n, k, r;
+  bool by_out;
+  DType dtype;
+  int blocksize;
+};
+
 // Each checks what would corrupt memory, runs the first kernel of its table that fits `place` (or
 // the one called `variant`) and returns the kernel's name.
 std::string_view quantize(const QuantizeParams& params, const Placement& place,
@@ -82,8 +101,10 @@ std::string_view dequantize(const DequantizeParams& params, const Placement& pla
 // Products that no kernel serves are refused with the reason of each.
 std::string_view few_rows(const FewRowsParams& params, const Placement& place,
                           std::string_view variant);
+std::string_view gemm(const GemmParams& params, const Placement& place);
 
-// The rows of the table of "nf4_quantize", "nf4_nest", "nf4_dequantize" or "nf4_few_rows".
+// The rows of the table of "nf4_quantize", "nf4_nest", "nf4_dequantize", "nf4_few_rows" or
+// "nf4_gemm".
 std::vector<VariantInfo> variants(std::string_view op);
 
 }  // namespace pyfast::nf4

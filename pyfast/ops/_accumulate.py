@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast.ops._lora_launch import is_alone
+from pyfast.ops._alone import is_alone
 
 _MARK = "pyfast_accumulates"
 

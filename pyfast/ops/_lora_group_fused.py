@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyfast import _extension
 from pyfast.ops import _library
+from pyfast.ops._alone import share_device
 from pyfast.ops._lora_group_plan import MOST, Plan, Weights, contiguous, stacked
 from pyfast.ops._lora_launch import (
     FEW_RANKS,
@@ -21,7 +22,6 @@ from pyfast.ops._lora_launch import (
     low_rank,
     padded,
     room_for,
-    share_device,
 )
 from pyfast.ops._scratch import raw_stream, scratch_lock, workspace
 

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional as F
 
 from pyfast import _extension
-from pyfast.ops import _library, _philox
+from pyfast.ops import _library, _nf4_gemm, _philox
+from pyfast.ops._alone import share_device
 from pyfast.ops._nf4_few_rows import few_rows, serves
 from pyfast.ops._scratch import raw_stream, scratch, scratch_lock, workspace
 from pyfast.ops.dropout import dropout_op
@@ -86,6 +87,8 @@ class Plan(NamedTuple):
     space: int = 0
     few_rows: bool = False
     """Whether a kernel that reads the packed bytes makes the product with an NF4 W."""
+    packed: bool = False
+    """The same for many rows, low-rank product included."""
     torch_low: bool = False
     """Whether torch makes z, or dz, while there is no dropout."""
     torch_grads: bool = False
@@ -96,9 +99,10 @@ class Plan(NamedTuple):
 
 def plan(
     x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, absmax: Tensor | None, blocksize: int,
-    grad_y: Tensor | None = None, want_x: bool = True, bias: Tensor | None = None,
+    grad_y: Tensor | None = None, want_x: bool = True, bias: Tensor | None = None, drops: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan of a forward, or with `grad_y` of a backward, which may have no x to read."""
+    """The plan of a forward, or with `grad_y` of a backward, which may have no x to read, and `drops` part
+    of dx."""
     quantized = absmax is not None
     like: Tensor = grad_y if x is None else x  # type: ignore[assignment]
     if reason := missing(like, a, b):
@@ -118,6 +122,16 @@ def plan(
         )
         if not quantized and weight.data_ptr() % 16:
             gemm, why = "", "the weight does not begin on 16 bytes"
+    makes = bool(gemm) and _extension.C.lora_makes(device, m, n, k, r, grad_y is not None)
+    # A GEMM that makes z, or dz, dA and dB, spares their passes over x, or twice dy and x.
+    read = 0 if not makes else m * k if grad_y is None else m * (2 * n + k)
+    packed = quantized and not few and m > 0 and want_x and not drops
+    packed = packed and _nf4_gemm.serves(
+        like if grad_y is None else grad_y, weight, n if grad_y is None else k, blocksize,
+        by_out=grad_y is None, read=read,
+    )  # fmt: skip
+    if packed:
+        gemm, why, makes = "", "", False
     dy_in_place, pitch_dy = (True, n) if grad_y is None else in_place(grad_y, n)
     x_in_place, pitch_x = (True, k) if x is None else in_place(x, k)
     many = r > FEW_RANKS and r % 8 == 0 and m >= MANY_ROWS
@@ -140,7 +154,8 @@ def plan(
         counters,
         counters + _extension.C.lora_workspace(device, m, n, k, r) if m else 0,
         few,
-        many and not (gemm and _extension.C.lora_makes(device, m, n, k, r, grad_y is not None)),
+        packed,
+        many and not makes,
         many,
         bool(gemm and grad_y is not None and x_in_place and pitch_x == k)
         and _extension.C.lora_dx_over_x(device, m, n, k, r),
@@ -234,27 +249,6 @@ def _dense(
     return w
 
 
-_alone = True
-"""What C++ was told last by `share_device`."""
-
-
-def is_alone() -> bool:
-    """Whether no other process takes part in what this one computes."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_world_size() == 1
-
-
-def share_device() -> bool:
-    """Let a GEMM take its SMs all at once where no peer's answer can hold some of them; whether it may."""
-    global _alone
-    alone = is_alone()
-    if alone is not _alone:
-        _extension.C.lora_allow_making(alone)
-        _alone = alone
-    return alone
-
-
 def _problem(
     plan: Plan, stream: int, space: Tensor, x: Tensor | None, w: Tensor | None, a: Tensor | None,
     b: Tensor | None, scale: float, dropout: float, seed: Tensor | None,
@@ -296,6 +290,8 @@ def forward(
         w: Tensor | None = None
         if plan.few_rows:
             y = few_rows(as_matrix(x), weight, absmax, bias, n, blocksize, nested_absmax, offset)  # type: ignore[arg-type]
+        elif plan.packed:
+            y = x.new_empty(*shape)
         else:
             w = _dense(plan, weight, x.dtype, absmax, nested_absmax, offset, blocksize)
             y = x.new_empty(*shape) if plan.gemm else F.linear(as_matrix(x), w, bias)
@@ -307,8 +303,13 @@ def forward(
                 ),
                 _extension.ptr(bias), _extension.ptr(columns), y.data_ptr(), z.data_ptr(),
             )  # fmt: skip
+    if plan.packed:
+        served = _nf4_gemm.gemm(
+            y, as_matrix(x), weight, absmax, blocksize, nested_absmax, offset,  # type: ignore[arg-type]
+            by_out=True, bias=bias, z=z, factor=b,
+        )  # fmt: skip
     _library.record("lora_linear", served or plan.beside)
-    if not plan.gemm:
+    if not plan.gemm and not plan.packed:
         _add_product(y, z, r, b.t())
         y = _library.shaped(y, x)
     return y, z
@@ -349,9 +350,12 @@ def backward(
     stream, served = raw_stream(plan.device), "lora_linear_torch"
     with scratch_lock:
         if want_x:
-            w = _dense(plan, weight, dtype, absmax, nested_absmax, offset, blocksize)
-            if not plan.gemm:
-                grad_x = torch.mm(as_matrix(grad_y), w)
+            if not plan.packed:
+                w = _dense(plan, weight, dtype, absmax, nested_absmax, offset, blocksize)
+            if plan.packed:
+                grad_x = grad_y.new_empty(x_shape)
+            elif not plan.gemm:
+                grad_x = torch.mm(as_matrix(grad_y), w)  # type: ignore[arg-type]
             else:
                 over = room.x and plan.dx_over_x and dropout == 0.0 and share_device()
                 grad_x = x if over else grad_y.new_empty(x_shape)  # type: ignore[assignment]
@@ -374,8 +378,13 @@ def backward(
             grad_a = factor_grad(dz.t(), as_matrix(x), a.dtype, room.grad_a)  # type: ignore[arg-type]
         if want_b:
             grad_b = factor_grad(as_matrix(grad_y).t(), z, b.dtype, room.grad_b)  # type: ignore[arg-type]
+    if want_x and plan.packed:
+        served = _nf4_gemm.gemm(
+            grad_x, as_matrix(grad_y), weight, absmax, blocksize, nested_absmax, offset,  # type: ignore[arg-type]
+            by_out=False, z=dz, factor=a,
+        )  # fmt: skip
     _library.record("lora_linear_backward", served or plan.beside)
-    if want_x and not plan.gemm:
+    if want_x and not plan.gemm and not plan.packed:
         if dropout == 0.0:
             _add_product(grad_x, dz, r, a)
         else:

@@ -54,7 +54,7 @@ def why_not(
 
 
 @functools.cache
-def _device(index: int) -> tuple[tuple[int, int], int]:
+def device_of(index: int) -> tuple[tuple[int, int], int]:
     """Compute capability and multiprocessors of a CUDA device."""
     properties = torch.cuda.get_device_properties(index)
     return (properties.major, properties.minor), properties.multi_processor_count
@@ -65,7 +65,7 @@ def serves(x: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> bool:
     k = x.shape[-1]
     aligned = packed.data_ptr() % 16 == 0 and absmax.data_ptr() % 16 == 0
     n = packed.numel() * 2 // k
-    place = _device(x.device.index)
+    place = device_of(x.device.index)
     return not why_not(x.numel() // k, n, k, x.dtype, blocksize, aligned, *place)
 
 

@@ -165,8 +165,10 @@ _backward_plan = _library.planned(_lora_launch.plan)
 def _lora_backward_kernel(
     *args: Any, room: Room = NO_ROOM
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_y, x, _, weight, a, b, _, _, _, absmax, _, _, blocksize, wanted = args
-    plan = _backward_plan(x, weight, a, b, absmax, blocksize, grad_y, wanted[0])
+    grad_y, x, _, weight, a, b, _, dropout, _, absmax, _, _, blocksize, wanted = args
+    plan = _backward_plan(
+        x, weight, a, b, absmax, blocksize, grad_y, wanted[0], None, dropout > 0.0
+    )
     if plan.reason:
         result: tuple[Tensor, Tensor, Tensor, Tensor]
         result = _library.fall_back("lora_linear_backward", plan.reason, *args)

@@ -5,7 +5,8 @@ Letters: M tokens, N out features, K in features, B quantisation blocks.
 
     y = x W^T + bias        dx = dy W        W = dequantised to x's dtype, exactly bitsandbytes' values
 
-Few rows on CUDA are multiplied from the packed bytes (`_nf4_few_rows.py`), no further from the exact product.
+On CUDA few rows are multiplied from the packed bytes (`_nf4_few_rows.py`), no further from the exact product;
+so are more on Hopper (`_nf4_gemm.py`), with exactly these values, where it is faster than a scratch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyfast.ops import _check, _library, _nf4_few_rows
+from pyfast.ops import _check, _library, _nf4_few_rows, _nf4_gemm
 from pyfast.ops._autocast import cast_for_autocast
 from pyfast.ops._scratch import scratch, scratch_lock
 from pyfast.ops.nf4 import FLOATS, dequantize_into, dequantize_reference, missing_kernel
@@ -68,15 +69,19 @@ def _slabs(n: int, k: int, blocksize: int) -> list[tuple[int, int]]:
 def _linear_plan(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
-) -> tuple[bool, bool, bool]:  # fmt: skip
-    """Whether W is read as it is or dequantised whole, and whether there is anything to compute."""
+) -> tuple[str, bool]:  # fmt: skip
+    """What serves ("few rows", "packed", "whole": W is dequantised, "slabs"), and if anything is to do."""
     k = _check.features("nf4_linear", "x", x)
     _linear_check("nf4_linear", x, packed, absmax, bias, out_features, k, blocksize,
                   nested_absmax, offset)  # fmt: skip
     cuda = x.device.type == "cuda"
     filled = out_features > 0 and 0 not in x.shape[:-1]
-    few = cuda and filled and k > 0 and _nf4_few_rows.serves(x, packed, absmax, blocksize)
-    return few, cuda or out_features * k <= _SLAB_ELEMENTS, filled
+    if cuda and filled and k > 0:
+        if _nf4_few_rows.serves(x, packed, absmax, blocksize):
+            return "few rows", filled
+        if _nf4_gemm.serves(x, packed, out_features, blocksize, by_out=True):
+            return "packed", filled
+    return "whole" if cuda or out_features * k <= _SLAB_ELEMENTS else "slabs", filled
 
 
 def _linear_kernel(
@@ -87,12 +92,18 @@ def _linear_kernel(
     if reason := missing_kernel(x, x.dtype):
         result: Tensor = _library.fall_back("nf4_linear", reason, *args)
         return result
-    few, whole, filled = _linear_plan(*args)
-    if few:
+    by, filled = _linear_plan(*args)
+    if by == "few rows":
         return _nf4_few_rows.few_rows(*args)
     k = x.shape[-1]
-    _library.record("nf4_linear", "nf4_linear_scratch" if whole else "nf4_linear_slabs")
-    if whole and filled:
+    if by == "packed":
+        y = x.new_empty((*x.shape[:-1], out_features))
+        scales = (absmax, blocksize, nested_absmax, offset)
+        name = _nf4_gemm.gemm(y, x.reshape(-1, k), packed, *scales, by_out=True, bias=bias)
+        _library.record("nf4_linear", name)
+        return y
+    _library.record("nf4_linear", "nf4_linear_scratch" if by == "whole" else "nf4_linear_slabs")
+    if by == "whole" and filled:
         with scratch_lock:
             w = scratch(out_features * k, x).view(out_features, k)
             dequantize_into(w, packed, absmax, blocksize, nested_absmax, offset)
@@ -121,7 +132,16 @@ def _linear_backward_check(
                   nested_absmax, offset)  # fmt: skip
 
 
-_linear_backward_plan = _library.planned(_linear_backward_check)
+@_library.planned
+def _linear_backward_plan(
+    grad_y: Tensor, packed: Tensor, absmax: Tensor, in_features: int,
+    blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether W is read as it is."""
+    _linear_backward_check(grad_y, packed, absmax, in_features, blocksize, nested_absmax, offset)
+    if grad_y.device.type != "cuda" or grad_y.numel() == 0 or in_features == 0:
+        return False
+    return _nf4_gemm.serves(grad_y, packed, in_features, blocksize, by_out=False)
 
 
 def _linear_backward_fake(
@@ -151,10 +171,15 @@ def _linear_backward_kernel(
     if reason := missing_kernel(grad_y, grad_y.dtype):
         result: Tensor = _library.fall_back("nf4_linear_backward", reason, *args)
         return result
-    _linear_backward_plan(*args)
+    n = grad_y.shape[-1]
+    if _linear_backward_plan(*args):
+        grad_x = grad_y.new_empty((*grad_y.shape[:-1], in_features))
+        scales = (absmax, blocksize, nested_absmax, offset)
+        name = _nf4_gemm.gemm(grad_x, grad_y.reshape(-1, n), packed, *scales, by_out=False)
+        _library.record("nf4_linear_backward", name)
+        return grad_x
     # The contraction runs over the rows of W, so slabs would be summed in the output's dtype and round
     # once a slab; the whole matrix goes into a reused buffer instead.
-    n = grad_y.shape[-1]
     _library.record("nf4_linear_backward", "nf4_linear_scratch")
     with scratch_lock:
         w = scratch(n * in_features, grad_y).view(n, in_features)

@@ -121,7 +121,7 @@ def use(extension, op, launch, monkeypatch):
     monkeypatch.setattr(_extension, "C", extension)
     monkeypatch.setattr(_extension, "has_cuda", lambda: True)
     monkeypatch.setattr(launch, "raw_stream", lambda device: 0)
-    monkeypatch.setattr(_nf4_few_rows, "_device", lambda index: ((9, 0), 132))
+    monkeypatch.setattr(_nf4_few_rows, "device_of", lambda index: ((9, 0), 132))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("_forward_plan", "_backward_plan"):
         monkeypatch.setattr(op, name, _library.planned(getattr(op, name).__wrapped__))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyfast import _extension, ops
-from pyfast.ops import _accumulate, _lora_launch, _philox, _remake, _scratch, lora
+from pyfast.ops import _accumulate, _alone, _lora_launch, _philox, _remake, _scratch, lora
 from pyfast.testing import seeded
 from tests.cases import packed
 from tests.ops.lora_extension import WHY, Extension, inputs, use
@@ -241,12 +241,12 @@ def test_gemms_take_whole_devices_only_where_no_peer_is_waited_for(monkeypatch):
         lora_allow_making = staticmethod(told.append)
 
     monkeypatch.setattr(_extension, "C", Told())
-    monkeypatch.setattr(_lora_launch, "_alone", True)
+    monkeypatch.setattr(_alone, "_alone", True)
     for initialized, size in ((False, 1), (True, 1), (True, 2), (True, 2), (False, 2)):
         state = {"is_initialized": initialized, "get_world_size": size}
         for name, value in state.items():
-            monkeypatch.setattr(_lora_launch.distributed, name, lambda value=value: value)
-        _lora_launch.share_device()
+            monkeypatch.setattr(_alone.distributed, name, lambda value=value: value)
+        _alone.share_device()
     assert told == [False, True]
 
 
