@@ -200,7 +200,7 @@ struct PackedKernel
           __syncwarp();
           if (lane == 0) share(at, cute::cast_smem_ptr_to_uint(barrier), rank);
         }
-        if (lane == 0) cutlass::arch::ClusterBarrier::arrive(barrier);
+        cutlass::arch::ClusterBarrier::arrive(barrier);
         fetch(parts[i]);
         state.advance(now.next());
       }
@@ -224,7 +224,7 @@ struct PackedKernel
     pipe.role = consumes ? Pipeline::ThreadCategory::Consumer : Pipeline::ThreadCategory::Producer;
     pipe.is_leader = false;  // `load` tells what it expects
     pipe.num_consumers = Base::NumMMAThreads;
-    pipe.num_producers = 1 + kParts;
+    pipe.num_producers = 1 + kParts * 32;  // each lane tells of its row
     Pipeline pipeline(shared.pipelines.mainloop, pipe, ClusterShape{});
     using LoadPipeline = typename Epilogue::LoadPipeline;  // of an addend, which there is not
     typename LoadPipeline::Params loads{};

@@ -123,12 +123,12 @@ def plan(
         if not quantized and weight.data_ptr() % 16:
             gemm, why = "", "the weight does not begin on 16 bytes"
     makes = bool(gemm) and _extension.C.lora_makes(device, m, n, k, r, grad_y is not None)
-    # A GEMM that makes z, or dz, dA and dB, spares their passes over x, or twice dy and x.
-    read = 0 if not makes else m * k if grad_y is None else m * (2 * n + k)
+    # A GEMM that makes z, or dz and for few ranks dA and dB, spares passes over x, or twice dy and x.
+    read = k if grad_y is None else 2 * n + k if r <= FEW_RANKS else n
     packed = quantized and not few and m > 0 and want_x and not drops
     packed = packed and _nf4_gemm.serves(
         like if grad_y is None else grad_y, weight, n if grad_y is None else k, blocksize,
-        by_out=grad_y is None, read=read,
+        by_out=grad_y is None, read=m * read if makes else 0,
     )  # fmt: skip
     if packed:
         gemm, why, makes = "", "", False

@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from pyfast import _extension
+from pyfast import _extension, ops
 from pyfast.ops import _library, _nf4_few_rows, _philox
 from pyfast.testing import seeded
 
@@ -114,6 +114,31 @@ class Extension:
             put(at(db, n, r, r, adapter), dy.t() @ z, add_db)
         self.calls.append("backward")
         return self.gemm if dx and args[10] else ""
+
+    def nf4_gemm(self, *, x, pitch_x, packed, absmax, nested_absmax, offset, z, pitch_z, b, pitch_b,
+                 bias, y, pitch_y, m, n, k, r, by_out, dtype, blocksize, **place):  # fmt: skip
+        dtype, blocks, shape = DTYPES[dtype], n * k // blocksize, (n, k) if by_out else (k, n)
+        scales = {}
+        if nested_absmax:
+            inner = at(nested_absmax, 1, -(-blocks // 256), blocks, torch.float32)[0]
+            scales = {
+                "nested_absmax": inner,
+                "nested_offset": at(offset, 1, 1, 1, torch.float32)[0, 0],
+            }
+        codes = at(packed, n * k // 2, 1, 1, torch.uint8)
+        kind = torch.uint8 if nested_absmax else torch.float32
+        w = ops.nf4_dequantize(
+            codes, at(absmax, 1, blocks, blocks, kind)[0], shape, dtype, **scales
+        )
+        product = at(x, m, k, pitch_x, dtype).double() @ (w.t() if by_out else w).double()
+        if r:
+            assert z % 16 == b % 16 == pitch_z % 8 == pitch_b % 8 == 0
+            factor = at(b, *((n, r) if by_out else (r, n)), pitch_b, dtype).double()
+            low = at(z, m, r, pitch_z, dtype).double()
+            product = product + low @ (factor.t() if by_out else factor)
+        at(y, m, n, pitch_y, dtype).copy_(product + (at(bias, 1, n, n, dtype) if bias else 0))
+        self.calls.append("nf4_gemm")
+        return "nf4_gemm"
 
 
 def use(extension, op, launch, monkeypatch):

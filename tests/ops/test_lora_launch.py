@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from pyfast import _extension, ops
-from pyfast.ops import _accumulate, _alone, _lora_launch, _philox, _remake, _scratch, lora
+from pyfast.ops import (
+    _accumulate,
+    _alone,
+    _lora_launch,
+    _nf4_gemm,
+    _philox,
+    _remake,
+    _scratch,
+    lora,
+)
 from pyfast.testing import seeded
 from tests.cases import packed
 from tests.ops.lora_extension import WHY, Extension, inputs, use
@@ -118,6 +127,28 @@ def test_an_nf4_weight(layer, nested):
     )
     parts = {"absmax": absmax, "inner": inner, "offset": offset}
     check(layer, x, codes, a, b, dy, matrix=w, parts=parts)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("rank", [3, 8, 24])
+@pytest.mark.parametrize("nested", [False, True])
+def test_many_rows_of_an_nf4_weight(layer, monkeypatch, nested, rank, dropout):
+    """Its bytes are multiplied, with z and B, or dz and A; dx under dropout takes the dense weight."""
+    k = 128
+    monkeypatch.setattr(_nf4_gemm, "is_faster", lambda *shape: True)
+    codes, absmax, inner, offset = packed(N, k, "cpu", nested=nested)
+    w = ops.nf4_dequantize(
+        codes, absmax, (N, k), torch.bfloat16, nested_absmax=inner, nested_offset=offset
+    )
+    x = seeded((300, k), seed=1, dtype=torch.bfloat16).requires_grad_()
+    a = seeded((rank, k), seed=3, scale=0.25).requires_grad_()
+    b = seeded((N, rank), seed=4).requires_grad_()
+    dy = seeded((300, N), seed=5, dtype=torch.bfloat16)
+    parts = {"absmax": absmax, "inner": inner, "offset": offset}
+    options = {"dropout": dropout, "seed": torch.tensor([7, 8]) if dropout else None}
+    options["bias"] = seeded((N,), seed=6, dtype=torch.bfloat16)
+    check(layer, x, codes, a, b, dy, matrix=w, parts=parts, **options)
+    assert layer.extension.calls.count("nf4_gemm") == (1 if dropout else 2)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

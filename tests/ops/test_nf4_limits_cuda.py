@@ -12,7 +12,7 @@ from pyfast.nn.experts import _expert
 from pyfast.ops._nf4_format import NEST_MAP, NF4_CODE
 from pyfast.testing import seeded
 from tests.cases import packed
-from tests.ops.test_nf4_few_rows_cuda import expected_kernel, linear, rms
+from tests.ops.test_nf4_few_rows_cuda import SM90, expected_kernel, linear, rms
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +24,8 @@ SLICES = [slice(at, at + SAMPLE) for at in (0, (1 << 31) // K - SAMPLE // 2, N -
 
 
 def kernel_name(m):
-    return expected_kernel(m, N) if m <= 256 else "nf4_linear_scratch"
+    many = "nf4_gemm_sm90" if SM90 else "nf4_linear_scratch"
+    return expected_kernel(m, N) if m <= 256 else many
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["flat", "nested"])
