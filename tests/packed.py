@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,42 @@ def compare(model: Any, items: list[Example], capacity: int, tolerance: float) -
     for key, gradient in right.items():
         limit = tolerance * max(float(gradient.abs().max()), 1e-3 * largest)
         assert float((left[key] - gradient).abs().max()) <= limit, key
+
+
+def looped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch's `varlen_attn` computes, record by record in float64."""
+    assert bounds.dtype == torch.int32
+    assert torch.equal(bounds, key_bounds)
+    assert longest == longest_key == int(bounds.diff().max())
+    assert bounds[0] == 0
+    assert bounds[-1] == len(query) == len(key) == len(value)
+    assert window_size[1] == 0
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
+    parts = []
+    for start, end in itertools.pairwise(bounds.tolist()):
+        q, k, v = (each[start:end].double().transpose(0, 1) for each in (query, key, value))
+        k, v = (each.repeat_interleave(repeats, dim=0) for each in (k, v))
+        score = q @ k.mT * (scale or q.shape[-1] ** -0.5)
+        place = torch.arange(end - start)
+        distance = place[:, None] - place[None]
+        seen = distance >= 0
+        if window_size[0] >= 0:
+            seen &= distance <= window_size[0]
+        parts.append((score.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts).to(query.dtype)
 
 
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

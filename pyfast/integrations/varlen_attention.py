@@ -18,8 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from pyfast.errors import UnsupportedError
+
 NAME = "pyfast_varlen"
 """What `model.set_attn_implementation` is given after `register`."""
+TRIAL = "pyfast_varlen_trial"
+"""The same, but packed rows that the kernels do not serve raise `UnsupportedError`."""
 LARGEST_HEAD = 256
 """Elements of a head that the kernels take."""
 
@@ -28,16 +32,19 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _OPTIONS = inspect.signature(varlen_attn).parameters
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
 # What other attention functions of transformers can do, and the kernels cannot.
-_NOT_SERVED = ("softcap", "position_bias", "s_aux")
+_NOT_SERVED = ("softcap", "position_bias", "s_aux", "sinks")
+# Which keys are attended to: told to SDPA by the mask, to all others by these.
+_CHOSEN_KEYS = ("indices", "block_indices")
 
 
 def register() -> None:
-    """Make transformers know the name."""
+    """Make transformers know the names."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, varlen_attention)
-    AttentionMaskInterface.register(NAME, packed_mask)
+    for name, mask in ((NAME, packed_mask), (TRIAL, _trial_mask)):
+        AttentionInterface.register(name, varlen_attention)
+        AttentionMaskInterface.register(name, mask)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -62,6 +69,11 @@ def packed_mask(**given: Any) -> Tensor | PackedMask | None:
     if not whole or plain or given.get("use_vmap"):  # the last: a function of the model's own
         return sdpa_mask(**given)
     return PackedMask(given)
+
+
+def _trial_mask(**given: Any) -> Tensor | PackedMask | None:
+    mask = packed_mask(**given)
+    return _KernelsAlone(given) if isinstance(mask, PackedMask) else mask
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,14 @@ class PackedMask:
         return Records(bounds.to(device), int(bounds.diff().max()))
 
 
+class _KernelsAlone(PackedMask):
+    """A mask that SDPA does not get."""
+
+    @cached_property
+    def dense(self) -> Tensor | None:
+        raise UnsupportedError("torch's varlen kernels do not take what its attention computes")
+
+
 def varlen_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -147,7 +167,15 @@ def varlen_attention(
 
     Returns:
         [B, T, heads, D], and no weights.
+
+    Raises:
+        UnsupportedError: The layer attends to keys of its own choice.
     """
+    if any(others.get(name) is not None for name in _CHOSEN_KEYS):
+        raise UnsupportedError(
+            f"{type(module).__name__} attends to keys of its own choice, which {NAME} does not serve. "
+            "Fix: --dataset.packing false, or another attention implementation"
+        )
     if isinstance(attention_mask, PackedMask):
         mask, tensors = attention_mask, _under_autocast(query, key, value)
         unserved = dropout or any(others.get(name) is not None for name in _NOT_SERVED)

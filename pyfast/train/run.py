@@ -224,7 +224,7 @@ def describe(
     size = config.run.batch_size * config.run.accumulation
     packed = ", packed" if config.dataset.packing else ""
     if packed:
-        say(f"Packing: records are kept apart by {attention_in_words(model)}")
+        say(f"Packing: records are kept apart by {attention_in_words(model, place)}")
     say(f"Run: {total:,} steps of {size} records{packed}, peak learning rate {config.peak_lr:g}\n")
 
 

@@ -7,7 +7,6 @@ The kernels are CUDA's. Here a loop over the records in float64 stands for them.
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -20,52 +19,17 @@ from transformers.masking_utils import (
 )
 
 import pyfast
+from pyfast.errors import UnsupportedError
 from pyfast.integrations import varlen_attention
-from pyfast.integrations.varlen_attention import NAME, PackedMask
+from pyfast.integrations.varlen_attention import NAME, TRIAL, PackedMask
 from tests.family_models import VARIANTS, variant
 from tests.models import llama, logits, token_ids
-from tests.packed import compare, examples, gradients, packed
+from tests.packed import compare, examples, gradients, looped, packed
 
 varlen_attention.register()
 
 # Falcon has attention of its own, Gemma 2 a softcap.
 SERVED = [name for name in VARIANTS if not name.startswith(("t5", "recurrent", "falcon", "gemma2"))]
-
-
-def looped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    key_bounds: torch.Tensor,
-    longest: int,
-    longest_key: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int],
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """What torch's `varlen_attn` computes, record by record in float64."""
-    assert bounds.dtype == torch.int32
-    assert torch.equal(bounds, key_bounds)
-    assert longest == longest_key == int(bounds.diff().max())
-    assert bounds[0] == 0
-    assert bounds[-1] == len(query) == len(key) == len(value)
-    assert window_size[1] == 0
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    repeats = query.shape[1] // key.shape[1]
-    parts = []
-    for start, end in itertools.pairwise(bounds.tolist()):
-        q, k, v = (each[start:end].double().transpose(0, 1) for each in (query, key, value))
-        k, v = (each.repeat_interleave(repeats, dim=0) for each in (k, v))
-        score = q @ k.mT * (scale or q.shape[-1] ** -0.5)
-        place = torch.arange(end - start)
-        distance = place[:, None] - place[None]
-        seen = distance >= 0
-        if window_size[0] >= 0:
-            seen &= distance <= window_size[0]
-        parts.append((score.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(parts).to(query.dtype)
 
 
 @pytest.fixture
@@ -299,7 +263,7 @@ def test_generation_is_sdpas(name: str, kernels: list[torch.dtype]) -> None:
     assert not kernels
 
 
-@pytest.mark.parametrize("option", ["softcap", "position_bias", "s_aux"])
+@pytest.mark.parametrize("option", ["softcap", "position_bias", "s_aux", "sinks"])
 def test_options_of_other_attention_go_to_sdpa(
     option: str, kernels: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +281,30 @@ def test_options_of_other_attention_go_to_sdpa(
     assert not kernels
     assert told[option] == 1.0
     assert torch.equal(told["mask"], mask.dense)
+
+
+@pytest.mark.parametrize("option", ["indices", "block_indices"])
+def test_keys_that_a_layer_chose_are_not_ignored(option: str) -> None:
+    state = torch.zeros(1, 2, 3, 8)
+    given = (torch.nn.Module(), state, state, state, None)
+    varlen_attention.varlen_attention(*given, **{option: None})
+    with pytest.raises(UnsupportedError, match="keys of its own choice") as caught:
+        varlen_attention.varlen_attention(*given, **{option: torch.zeros(1, 3, 1)})
+    assert "Fix: --dataset.packing false" in str(caught.value)
+
+
+def test_in_a_trial_sdpa_does_not_take_what_the_kernels_do_not_serve(
+    kernels: list[torch.dtype],
+) -> None:
+    model, ids = llama(head_dim=12).double(), token_ids()
+    model.set_attn_implementation(TRIAL)
+    model(input_ids=ids)  # plain rows are SDPA's
+    with pytest.raises(UnsupportedError, match="do not take what its attention computes"):
+        model(input_ids=ids, **PACKED)
+    twin = llama().double()
+    twin.set_attn_implementation(TRIAL)
+    twin(input_ids=ids, **PACKED)
+    assert len(kernels) == 2
 
 
 def test_the_saved_config_does_not_name_it(tmp_path: Any) -> None:

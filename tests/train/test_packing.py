@@ -90,7 +90,7 @@ class Leaking(transformers.LlamaForCausalLM):
     [
         (lambda: variant("recurrent_gemma"), "the recurrent scan and the convolution run along"),
         (lambda: variant("t5"), "is an encoder-decoder"),
-        (lambda: Leaking(variant("llama").config), "computes two packed records otherwise"),
+        (lambda: Leaking(variant("llama").config), "computes packed records otherwise"),
     ],
     ids=["recurrent_gemma", "t5", "leaking"],
 )
@@ -104,6 +104,27 @@ def test_models_that_would_leak_are_refused(make: Callable[[], Any], reason: str
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon-rw", "mixtral"])
 def test_models_that_do_not_leak_are_taken(name: str, dtype: torch.dtype) -> None:
     check_records(variant(name).to(dtype), examples([9, 7]), dtype)
+
+
+class Otherwise(transformers.LlamaForCausalLM):
+    """Packed tokens, of which `chosen` says by their positions, have other logits than they should."""
+
+    chosen: Callable[[torch.Tensor], torch.Tensor]
+
+    def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(*args, position_ids=position_ids, **kwargs)
+        if position_ids is not None:
+            output.logits[self.chosen(position_ids)] += 1.0
+        return output
+
+
+def test_what_shows_in_few_records_is_rounding_and_at_the_beginning_of_all_a_leak() -> None:
+    model, items = Otherwise(variant("llama").config), examples([9, 7, 30, 5, 8, 12, 3, 11])
+    model.chosen = lambda positions: torch.arange(positions.shape[1])[None] % 25 == 24
+    check_records(model, items, torch.float32)
+    model.chosen = lambda positions: positions == 0
+    with pytest.raises(UnsupportedError, match="computes packed records otherwise"):
+        check_records(model, items, torch.float32)
 
 
 @pytest.fixture
