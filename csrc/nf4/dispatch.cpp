@@ -115,14 +115,26 @@ constexpr Variant<GemmParams> kGemm[] = {
 constexpr std::span<const Variant<GemmParams> > kGemm;
 #endif
 
+// What all products from the packed bytes ask for.
+template <class Params>
+void check_product(std::string_view op, const Params& params) {
+  PYFAST_CHECK(params.dtype == DType::f16 || params.dtype == DType::bf16, op,
+               ": dtype must be 1 (float16) or 2 (bfloat16), got ", static_cast<int>(params.dtype));
+  PYFAST_CHECK(params.blocksize == 64, op, ": blocksize must be 64, got ", params.blocksize);
+  PYFAST_CHECK((params.nested_absmax == nullptr) == (params.offset == nullptr), op,
+               ": nested_absmax and offset belong together; one of them is null");
+  check_pointer(op, "x", params.x);
+  check_pointer(op, "packed", params.packed);
+  check_pointer(op, "absmax", params.absmax);
+  check_pointer(op, "y", params.y);
+}
+
 void check_gemm(std::string_view op, const GemmParams& params) {
   const auto fits = [](const void* pointer, std::int64_t pitch, std::int64_t columns) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0 && pitch % 8 == 0 &&
            pitch >= columns;
   };
-  PYFAST_CHECK(params.dtype == DType::f16 || params.dtype == DType::bf16, op,
-               ": dtype must be 1 (float16) or 2 (bfloat16), got ", static_cast<int>(params.dtype));
-  PYFAST_CHECK(params.blocksize == 64, op, ": blocksize must be 64, got ", params.blocksize);
+  check_product(op, params);
   PYFAST_CHECK(params.m > 0 && params.n > 0 && params.k > 0 && params.r >= 0, op,
                ": m, n and k must be positive and r not negative, got ", params.m, ", ", params.n,
                ", ", params.k, " and ", params.r);
@@ -130,12 +142,6 @@ void check_gemm(std::string_view op, const GemmParams& params) {
       (params.by_out ? params.k : params.n) % 64 == 0 && params.n % 8 == 0 && params.k % 8 == 0, op,
       ": W's columns must be a multiple of 64, its rows of 8, got n ", params.n, " and k ",
       params.k);
-  PYFAST_CHECK((params.nested_absmax == nullptr) == (params.offset == nullptr), op,
-               ": nested_absmax and offset belong together; one of them is null");
-  check_pointer(op, "x", params.x);
-  check_pointer(op, "packed", params.packed);
-  check_pointer(op, "absmax", params.absmax);
-  check_pointer(op, "y", params.y);
   PYFAST_CHECK(fits(params.x, params.pitch_x, params.k) && fits(params.packed, 0, 0) &&
                    fits(params.y, params.pitch_y, params.n),
                op, ": x, packed and y must lie at multiples of 16 bytes, rows in multiples of 8");
@@ -151,21 +157,13 @@ void check_few_rows(std::string_view op, const FewRowsParams& params) {
   const auto aligned = [](const void* pointer, std::uintptr_t to) {
     return reinterpret_cast<std::uintptr_t>(pointer) % to == 0;
   };
-  PYFAST_CHECK(params.dtype == DType::f16 || params.dtype == DType::bf16, op,
-               ": dtype must be 1 (float16) or 2 (bfloat16), got ", static_cast<int>(params.dtype));
-  PYFAST_CHECK(params.blocksize == 64, op, ": blocksize must be 64, got ", params.blocksize);
+  check_product(op, params);
   PYFAST_CHECK(params.m > 0 && params.n > 0 && params.k > 0, op,
                ": m, n and k must be positive, got ", params.m, ", ", params.n, " and ", params.k);
   PYFAST_CHECK(params.k % 64 == 0, op, ": k must be a multiple of 64, got ", params.k);
   PYFAST_CHECK(params.pitch_x >= params.k && params.pitch_x % 8 == 0, op,
                ": pitch_x must be a multiple of 8 and at least ", params.k, ", got ",
                params.pitch_x);
-  PYFAST_CHECK((params.nested_absmax == nullptr) == (params.offset == nullptr), op,
-               ": nested_absmax and offset belong together; one of them is null");
-  check_pointer(op, "x", params.x);
-  check_pointer(op, "packed", params.packed);
-  check_pointer(op, "absmax", params.absmax);
-  check_pointer(op, "y", params.y);
   PYFAST_CHECK(aligned(params.x, 16) && aligned(params.packed, 16), op,
                ": x and packed must lie at multiples of 16 bytes");
   PYFAST_CHECK(aligned(params.absmax, params.offset == nullptr ? 16 : 4), op,
@@ -261,8 +259,10 @@ std::vector<VariantInfo> variants(std::string_view op) {
   if (op == "nf4_nest") return describe<NestParams>(kNest);
   if (op == "nf4_dequantize") return describe<DequantizeParams>(kDequantize);
   if (op == "nf4_gemm") {
-    for (const Variant<GemmParams>& kernel : kGemm) return {{kernel.name, true, kernel.reason()}};
-    return {{"nf4_gemm_sm90", true, "this build has no kernels for Hopper"}};
+    auto rows = describe<GemmParams>(kGemm);
+    if (rows.empty())
+      rows.push_back({"nf4_gemm_sm90", true, "this build has no kernels for Hopper"});
+    return rows;
   }
   if (op == "nf4_few_rows") {
     std::vector<VariantInfo> rows;

@@ -24,9 +24,9 @@ NAME = "pyfast_varlen"
 """What `model.set_attn_implementation` is given after `register`."""
 TRIAL = "pyfast_varlen_trial"
 """The same, but packed rows that the kernels do not serve raise `UnsupportedError`."""
-LARGEST_HEAD = 256
-"""Elements of a head that the kernels take."""
 
+# What the kernels take: elements of a head, dtypes.
+_LARGEST_HEAD = 256
 _DTYPES = (torch.float16, torch.bfloat16)
 # torch 2.11 takes fewer heads of keys than of queries as they are.
 _OPTIONS = inspect.signature(varlen_attn).parameters
@@ -211,7 +211,7 @@ def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
         has_kernels(query.device)
         and query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype
-        and head == value.shape[-1] <= LARGEST_HEAD
+        and head == value.shape[-1] <= _LARGEST_HEAD
         and head % 8 == 0
         and query.shape[2] == key.shape[2]
     )

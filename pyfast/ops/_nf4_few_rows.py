@@ -9,7 +9,6 @@ what `nf4_dequantize` gives: the kernel decides, and either is within one roundi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import MutableMapping
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyfast import _extension
-from pyfast.ops import _library
+from pyfast.ops import _library, _nf4_operands
 
 MOST_ROWS = 256
 """Beyond, W is dequantised into a scratch for a GEMM of torch's."""
@@ -53,19 +52,12 @@ def why_not(
     return "" if aligned else "the weight's parts do not lie at multiples of 16 bytes"
 
 
-@functools.cache
-def device_of(index: int) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors of a CUDA device."""
-    properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
 def serves(x: Tensor, packed: Tensor, absmax: Tensor, blocksize: int) -> bool:
     """Whether the few-row kernels serve x, checked and not empty, on a CUDA device."""
     k = x.shape[-1]
     aligned = packed.data_ptr() % 16 == 0 and absmax.data_ptr() % 16 == 0
     n = packed.numel() * 2 // k
-    place = device_of(x.device.index)
+    place = _nf4_operands.device_of(x.device.index)
     return not why_not(x.numel() // k, n, k, x.dtype, blocksize, aligned, *place)
 
 
@@ -88,30 +80,15 @@ def few_rows(
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """y = x W^T + bias, for arguments that `serves` has accepted."""
-    x_mk = x.reshape(-1, x.shape[-1])
-    m, k = x_mk.shape
-    if x_mk.stride(1) != 1 or x_mk.stride(0) % 8 or x_mk.stride(0) < k or x_mk.data_ptr() % 16:
-        x_mk = x_mk.clone(memory_format=torch.contiguous_format)
+    x_mk = _nf4_operands.in_rows(x.reshape(-1, x.shape[-1]))
     if bias is not None:
         bias = bias.contiguous()
-    y_mn = x.new_empty((m, out_features))
+    y_mn = x.new_empty((len(x_mk), out_features))
     name = _extension.C.nf4_few_rows(
-        x=x_mk.data_ptr(),
-        pitch_x=max(x_mk.stride(0), k),
-        packed=packed.data_ptr(),
-        absmax=absmax.data_ptr(),
-        nested_absmax=_extension.ptr(nested_absmax),
-        offset=_extension.ptr(offset),
-        bias=_extension.ptr(bias),
-        y=y_mn.data_ptr(),
-        pitch_y=out_features,
-        m=m,
-        n=out_features,
-        k=k,
-        dtype=_extension.DTYPES[x.dtype],
-        blocksize=blocksize,
+        **_nf4_operands.arguments(
+            y_mn, x_mk, packed, absmax, bias, blocksize, nested_absmax, offset
+        ),
         early=_settled(packed, absmax),
-        **_extension.launch_args(x),
     )
     _library.record("nf4_linear", name)
     return _library.shaped(y_mn, x)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfast import _extension
-from pyfast.ops import _library, _nf4_few_rows
+from pyfast.ops import _library, _nf4_operands
 
 _BLOCKSIZE = 64
 _TILE_ROWS, _TILE_COLUMNS = 512, 128
@@ -66,7 +66,7 @@ def serves(
     """Whether the kernel serves x, checked and not empty, on a CUDA device; `read`: see `is_faster`."""
     k = x.shape[-1]
     m, aligned = x.numel() // k, packed.data_ptr() % 16 == 0
-    place = _nf4_few_rows.device_of(x.device.index)
+    place = _nf4_operands.device_of(x.device.index)
     return not why_not(m, n, k, by_out, x.dtype, blocksize, aligned, *place, read)
 
 
@@ -78,46 +78,31 @@ def gemm(
     """out = x W^T + z B^T + bias, for arguments that `serves` has accepted; the kernel's name.
 
     Args:
-        out: contiguous, M rows of N.
-        x_mk: as a matrix, in any layout.
-        z: [M, R rounded up to 8], contiguous.
-        factor: B [N, R], or [R, N] where W is not `by_out`; of any dtype.
+        out: contiguous, M rows of N, of x's dtype.
+        x_mk: [M, K], float16 or bfloat16, in any layout.
+        z: [M, R rounded up to 8] of x's dtype, contiguous; with `factor` or not at all.
+        factor: B [N, R], or [R, N] where W is not `by_out`; of any dtype, cast to x's.
         packed, absmax, blocksize, nested_absmax, offset, by_out, bias: as in `nf4_linear`, and above.
     """
-    m, k = x_mk.shape
-    if x_mk.stride(1) != 1 or x_mk.stride(0) % 8 or x_mk.stride(0) < k or x_mk.data_ptr() % 16:
-        x_mk = x_mk.clone(memory_format=torch.contiguous_format)
+    x_mk = _nf4_operands.in_rows(x_mk)
     r = 0
     if factor is not None:
         r = factor.shape[1 if by_out else 0]
         factor = factor.to(x_mk.dtype).contiguous()
         if factor.shape[1] % 8 or factor.data_ptr() % 16:
             factor = F.pad(factor, (0, -factor.shape[1] % 8)).clone()
-    n = out.shape[-1]
     if bias is not None:
         bias = bias.contiguous()
     name: str = _extension.C.nf4_gemm(
-        x=x_mk.data_ptr(),
-        pitch_x=max(x_mk.stride(0), k),
-        packed=packed.data_ptr(),
-        absmax=absmax.data_ptr(),
-        nested_absmax=_extension.ptr(nested_absmax),
-        offset=_extension.ptr(offset),
+        **_nf4_operands.arguments(
+            out, x_mk, packed, absmax, bias, blocksize, nested_absmax, offset
+        ),
         z=_extension.ptr(z),
         pitch_z=0 if z is None else z.shape[1],
         b=_extension.ptr(factor),
         pitch_b=0 if factor is None else factor.shape[1],
-        bias=_extension.ptr(bias),
-        y=out.data_ptr(),
-        pitch_y=n,
-        m=m,
-        n=n,
-        k=k,
         r=r,
         by_out=by_out,
-        dtype=_extension.DTYPES[x_mk.dtype],
-        blocksize=blocksize,
-        **_extension.launch_args(x_mk),
     )
     _library.record("nf4_gemm", name)
     return name

@@ -12,6 +12,7 @@ so are more on Hopper (`_nf4_gemm.py`), with exactly these values, where it is f
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,13 @@ def _linear_plan(
     return "whole" if cuda or out_features * k <= _SLAB_ELEMENTS else "slabs", filled
 
 
+def _from_bytes(op: str, x: Tensor, columns: int, *weight: Any, **options: Any) -> Tensor:
+    """x W^T or x W [..., columns] by `_nf4_gemm.gemm`, for an op."""
+    out = x.new_empty((*x.shape[:-1], columns))
+    _library.record(op, _nf4_gemm.gemm(out, x.reshape(-1, x.shape[-1]), *weight, **options))
+    return out
+
+
 def _linear_kernel(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int,
     blocksize: int, nested_absmax: Tensor | None, offset: Tensor | None,
@@ -97,11 +105,8 @@ def _linear_kernel(
         return _nf4_few_rows.few_rows(*args)
     k = x.shape[-1]
     if by == "packed":
-        y = x.new_empty((*x.shape[:-1], out_features))
         scales = (absmax, blocksize, nested_absmax, offset)
-        name = _nf4_gemm.gemm(y, x.reshape(-1, k), packed, *scales, by_out=True, bias=bias)
-        _library.record("nf4_linear", name)
-        return y
+        return _from_bytes("nf4_linear", x, out_features, packed, *scales, by_out=True, bias=bias)
     _library.record("nf4_linear", "nf4_linear_scratch" if by == "whole" else "nf4_linear_slabs")
     if by == "whole" and filled:
         with scratch_lock:
@@ -171,15 +176,14 @@ def _linear_backward_kernel(
     if reason := missing_kernel(grad_y, grad_y.dtype):
         result: Tensor = _library.fall_back("nf4_linear_backward", reason, *args)
         return result
-    n = grad_y.shape[-1]
     if _linear_backward_plan(*args):
-        grad_x = grad_y.new_empty((*grad_y.shape[:-1], in_features))
         scales = (absmax, blocksize, nested_absmax, offset)
-        name = _nf4_gemm.gemm(grad_x, grad_y.reshape(-1, n), packed, *scales, by_out=False)
-        _library.record("nf4_linear_backward", name)
-        return grad_x
+        return _from_bytes(
+            "nf4_linear_backward", grad_y, in_features, packed, *scales, by_out=False
+        )
     # The contraction runs over the rows of W, so slabs would be summed in the output's dtype and round
     # once a slab; the whole matrix goes into a reused buffer instead.
+    n = grad_y.shape[-1]
     _library.record("nf4_linear_backward", "nf4_linear_scratch")
     with scratch_lock:
         w = scratch(n * in_features, grad_y).view(n, in_features)

@@ -56,11 +56,11 @@ def _open_to_others(model: Any, place: Place) -> bool:
     return (
         place.device.type == "cuda"
         and place.dtype in (torch.float16, torch.bfloat16)
-        and _implementations(model) <= {None, model.get_correct_attn_implementation(None)}
+        and _text_implementations(model) <= {None, model.get_correct_attn_implementation(None)}
     )
 
 
-def _implementations(model: Any) -> set[str | None]:
+def _text_implementations(model: Any) -> set[str | None]:
     """Those of a model and of its part that reads text."""
     configs = (model.config, model.config.get_text_config())
     return {config._attn_implementation for config in configs}

@@ -89,7 +89,7 @@ def prepare_packing(model: Any, items: list[Example], place: Place) -> None:
         UnsupportedError: There is none; with the reason.
     """
     _check_kind(model)
-    former = _implementations(model)
+    former = _attention_of_configs(model)
     for chosen in choose_attention(model, place):
         trial = varlen_attention.TRIAL if chosen == varlen_attention.NAME else chosen
         try:
@@ -106,7 +106,7 @@ def prepare_packing(model: Any, items: list[Example], place: Place) -> None:
     check_records(model, items, place.dtype)
 
 
-def _implementations(model: Any) -> list[tuple[Any, str | None]]:
+def _attention_of_configs(model: Any) -> list[tuple[Any, str | None]]:
     """All configs of a model and their attention, parts behind their wholes: a whole sets its parts' too."""
     from transformers import PreTrainedConfig
 

@@ -9,7 +9,7 @@ import ctypes
 import torch
 
 from pyfast import _extension, ops
-from pyfast.ops import _library, _nf4_few_rows, _philox
+from pyfast.ops import _library, _nf4_operands, _philox
 from pyfast.testing import seeded
 
 DTYPES = {code: dtype for dtype, code in _extension.DTYPES.items()}
@@ -146,7 +146,7 @@ def use(extension, op, launch, monkeypatch):
     monkeypatch.setattr(_extension, "C", extension)
     monkeypatch.setattr(_extension, "has_cuda", lambda: True)
     monkeypatch.setattr(launch, "raw_stream", lambda device: 0)
-    monkeypatch.setattr(_nf4_few_rows, "device_of", lambda index: ((9, 0), 132))
+    monkeypatch.setattr(_nf4_operands, "device_of", lambda index: ((9, 0), 132))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("_forward_plan", "_backward_plan"):
         monkeypatch.setattr(op, name, _library.planned(getattr(op, name).__wrapped__))
