@@ -114,6 +114,7 @@ def nf4_gemm(
     blocksize: int,
     threads: int,
     stream: int,
+    variant: str = "",
 ) -> str: ...
 def dropout(
     *,

@@ -76,7 +76,7 @@ std::string_view gemm(int device, std::uintptr_t x, std::int64_t pitch_x, std::u
                       std::uintptr_t z, std::int64_t pitch_z, std::uintptr_t b,
                       std::int64_t pitch_b, std::uintptr_t bias, std::uintptr_t y,
                       std::int64_t pitch_y, int m, int n, int k, int r, bool by_out, int dtype,
-                      int blocksize, int threads, std::uintptr_t stream) {
+                      int blocksize, int threads, std::uintptr_t stream, std::string_view variant) {
   return nf4::gemm({.x = pointer<const void>(x),
                     .packed = pointer<const std::uint8_t>(packed),
                     .absmax = pointer<const void>(absmax),
@@ -97,7 +97,7 @@ std::string_view gemm(int device, std::uintptr_t x, std::int64_t pitch_x, std::u
                     .by_out = by_out,
                     .dtype = static_cast<DType>(dtype),
                     .blocksize = blocksize},
-                   {device, threads, pointer<void>(stream)});
+                   {device, threads, pointer<void>(stream)}, variant);
 }
 
 }  // namespace
@@ -127,7 +127,7 @@ void bind_nf4(py::module_& m) {
         py::arg("offset"), py::arg("z"), py::arg("pitch_z"), py::arg("b"), py::arg("pitch_b"),
         py::arg("bias"), py::arg("y"), py::arg("pitch_y"), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("r"), py::arg("by_out"), py::arg("dtype"), py::arg("blocksize"), py::arg("threads"),
-        py::arg("stream"),
+        py::arg("stream"), py::arg("variant") = "",
         "y[m, n] = x[m, k] W^T + z[m, r] B^T + bias from the packed W. Returns the kernel's name.");
 }
 

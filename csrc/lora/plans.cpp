@@ -26,6 +26,13 @@ bool is_small(std::int64_t m, std::int64_t n, std::int64_t k) {
   return k > kShortK && ((m + 127) / 128) * ((n + 127) / 128) < kFewTiles;
 }
 
+// Up to so many tiles of 128 x 128 run at once, and wide ones would leave half of the SMs idle.
+constexpr std::int64_t kOneWave = 128;
+constexpr int kWide = 0, kNarrow = 1;  // of kGemmNames
+bool is_one_wave(std::int64_t m, std::int64_t n) {
+  return ((m + 127) / 128) * ((n + 127) / 128) <= kOneWave;
+}
+
 std::atomic<bool> allowed_now = true;
 
 }  // namespace
@@ -45,6 +52,7 @@ GemmPlan plan_gemm(bool by_out, std::int64_t m, std::int64_t n, std::int64_t k) 
       best = row.plan;
     }
   }
+  if (best.kernel == kWide && is_one_wave(m, n)) best.kernel = kNarrow;
   return best;
 }
 
@@ -77,7 +85,7 @@ MakingPlan plan_making(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t rows = ceil_div(m, 256), tiles = ceil_div(n, kTileN), clusters = sm_count / 2;
   const std::int64_t making = clusters / kMakers * kMakers;  // clusters of its grid
-  if (r > 128 || k < kLeastK || tiles < kMakers || making == 0) return {};
+  if (r > 128 || k < kLeastK || tiles < kMakers || making == 0 || is_one_wave(m, n)) return {};
   if (making_workspace(m, r) > kMostBytes) return {};
   // 128 ranks: 1.17 of the library's time without them at K = 4096, with z by the library 1.10; at
   // K = 14336 1.05 and 1.08.

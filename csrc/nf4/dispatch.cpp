@@ -103,13 +103,17 @@ std::span<const FewRowsKernel> few_rows_kernels() {
 #endif
 }
 
-// One row, in builds for Hopper.
+// Where none is named the first serves.
+constexpr std::string_view kNarrowGemm = "nf4_gemm_sm90_narrow";
 #ifdef PYFAST_SM90
+template <int kColumns>
 void launch_gemm(const GemmParams& params, const Placement& place) {
-  (params.dtype == DType::bf16 ? launch_gemm_sm90_bf16 : launch_gemm_sm90_f16)(params, place);
+  (params.dtype == DType::bf16 ? launch_gemm_sm90_bf16 : launch_gemm_sm90_f16)(params, kColumns,
+                                                                               place);
 }
 constexpr Variant<GemmParams> kGemm[] = {
-    {"nf4_gemm_sm90", Isa::scalar, 90, on_cuda<launch_gemm, GemmParams>},
+    {"nf4_gemm_sm90", Isa::scalar, 90, on_cuda<launch_gemm<kGemmColumns>, GemmParams>},
+    {kNarrowGemm, Isa::scalar, 90, on_cuda<launch_gemm<kGemmNarrowColumns>, GemmParams>},
 };
 #else
 constexpr std::span<const Variant<GemmParams> > kGemm;
@@ -241,12 +245,17 @@ std::string_view few_rows(const FewRowsParams& params, const Placement& place,
                                      reasons.empty() ? "this build has none" : reasons, ")"));
 }
 
-std::string_view gemm(const GemmParams& params, const Placement& place) {
+std::string_view gemm(const GemmParams& params, const Placement& place, std::string_view variant) {
   check_gemm("nf4_gemm", params);
-  std::string reason = "this build has none";
+  std::string reason = variant.empty() ? "this build has none"
+                                       : concat("this build has no variant \"", variant, "\"");
   for (const Variant<GemmParams>& kernel : kGemm) {
+    if (!variant.empty() && kernel.name != variant) continue;
     reason = kernel.reason_at(place);
     if (reason.empty()) reason = reason_unless_90(place);
+    if (reason.empty() && kernel.name == kNarrowGemm && !params.by_out) {
+      reason = "tiles of few columns are for W by out feature";
+    }
     if (!reason.empty()) continue;
     kernel.launch(params, place);
     return kernel.name;

@@ -51,13 +51,15 @@ struct PackedPart {
     }
   }
 
-  // To the lane's 128 bytes at `to`, of rows that TMA would swizzle. Rows that do not exist are
-  // zeros: where they are summed over, x is zero too, but what lies there might be NaN.
+  // To the lane's 128 bytes at `to`, of rows that TMA would swizzle by their address. Rows that do
+  // not exist are zeros: where they are summed over, x is zero too, but what lies there might be
+  // NaN.
   template <class T>
   __device__ __forceinline__ void decode(const PackedWeight& w, const float* map, float offset,
                                          std::uint32_t to) const {
+    const std::uint32_t turn = to >> 7 & 7;
     const auto store = [&](int unit, const uint4& value) __attribute__((always_inline)) {
-      const std::uint32_t at = to + (unit ^ (threadIdx.x & 7)) * 16;
+      const std::uint32_t at = to + (unit ^ turn) * 16;
       asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(value.x), "r"(value.y),
                    "r"(value.z), "r"(value.w)
                    : "memory");

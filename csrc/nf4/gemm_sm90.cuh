@@ -2,10 +2,10 @@
 // y[M, N] = x W^T + z B^T + bias from the packed bytes of W, for sm_90a: of CUTLASS's cooperative
 // kernel, with W decoded by its own warps.
 //
-// Two blocks of a cluster have 256 rows of x each and the same 128 columns of y. Where CUTLASS
-// loads a tile of W by TMA, seven warps beside the loading one decode it: a block one half, which
-// it copies to the other block too. A stage is full when x and the other's half have come and the
-// own half is decoded; products see what nf4_dequantize would have made.
+// Two blocks of a cluster have 256 rows of x each and the same 128 or 112 columns of y. Where
+// CUTLASS loads a tile of W by TMA, seven warps beside the loading one decode it: a block one half,
+// which it copies to the other block too. A stage is full when x and the other's half have come and
+// the own half is decoded; products see what nf4_dequantize would have made.
 #pragma once
 
 #include <algorithm>
@@ -53,10 +53,14 @@ struct PackedKernel
 
   static constexpr int kTileN = cute::size<1>(TileShape{}), kTileK = cute::size<2>(TileShape{});
   static constexpr int kStageBytes = kTileN * kTileK * 2;  // of W
-  static constexpr int kParts = 2;                         // a stage has two of each block's
+  static constexpr int kHalfBytes = kStageBytes / 2;       // a block's
+  static constexpr int kParts = 2;                         // of a half
+  // Of the second part; W by in feature is cut along k, so that its parts are all alike.
+  static constexpr int kLastRows = kByOut ? kTileN / 2 - kPartRows : kPartRows;
   static constexpr int kDecoders = 7;
-  static_assert(cute::size(ClusterShape{}) == 2 && kStageBytes == 2 * kParts * kPartBytes);
-  static_assert(kTileN == 4 * kPartRows && kTileK == kPartColumns);
+  static_assert(cute::size(ClusterShape{}) == 2 && kTileK == kPartColumns);
+  static_assert(0 < kLastRows && kLastRows <= kPartRows && kLastRows % 8 == 0);
+  static_assert(kHalfBytes == kPartBytes + kLastRows * kPartColumns * 2);
 
   // One more warpgroup than CUTLASS's.
   static constexpr std::uint32_t MaxThreadsPerBlock = Base::MaxThreadsPerBlock + 128;
@@ -93,16 +97,17 @@ struct PackedKernel
       settle();
       return passed;
     }
-    // Where the part begins in W, and in the stage.
+    // Where the part begins in W, how many rows it has, and where it begins in the stage.
     CUTLASS_DEVICE int row() const {
-      return kByOut ? tile() + (rank * kParts + part) * kPartRows
+      return kByOut ? tile() + rank * (kTileN / 2) + part * kPartRows
                     : step * kTileK + rank * kPartRows;
     }
+    CUTLASS_DEVICE int rows() const { return part == 0 ? kPartRows : kLastRows; }
     CUTLASS_DEVICE int column() const {
       return kByOut ? step * kTileK : tile() + part * kPartColumns;
     }
     CUTLASS_DEVICE int bytes() const {
-      return (kByOut ? rank * kParts + part : part * kParts + rank) * kPartBytes;
+      return kByOut ? rank * kHalfBytes + part * kPartBytes : (part * kParts + rank) * kPartBytes;
     }
 
    private:
@@ -137,8 +142,8 @@ struct PackedKernel
         pipeline.producer_acquire(state);
         auto* barrier = pipeline.producer_get_barrier(state);
         cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
-            barrier, Mainloop::TmaTransactionBytesMK +
-                         (low ? Mainloop::TmaTransactionBytesNK : kParts * kPartBytes));
+            barrier,
+            Mainloop::TmaTransactionBytesMK + (low ? Mainloop::TmaTransactionBytesNK : kHalfBytes));
         const auto copy_x = from.tma_load_a.get_slice(0);
         copy(from.tma_load_a.with(*barrier, 0),
              copy_x.partition_S(rows)(_, _, _, low ? step - first : step),
@@ -156,7 +161,7 @@ struct PackedKernel
   }
 
   // Copies a part to the same place of the cluster's other block, whose stage it helps to fill.
-  CUTLASS_DEVICE static void share(std::uint32_t at, std::uint32_t barrier, int rank) {
+  CUTLASS_DEVICE static void share(std::uint32_t at, int bytes, std::uint32_t barrier, int rank) {
     const auto there = [&](std::uint32_t address) {
       std::uint32_t mapped;
       asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank ^ 1));
@@ -165,7 +170,7 @@ struct PackedKernel
     asm volatile(
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
         "[%3];" ::"r"(there(at)),
-        "r"(at), "n"(kPartBytes), "r"(there(barrier))
+        "r"(at), "r"(bytes), "r"(there(barrier))
         : "memory");
   }
 
@@ -195,10 +200,11 @@ struct PackedKernel
         auto* barrier = pipeline.producer_get_barrier(state);
         if (now.step < first) {
           const std::uint32_t at = stages + state.index() * kStageBytes + now.bytes();
-          parts[i].template decode<T>(w, shared.map, offset, at + lane * 128);
+          const int rows = now.rows();
+          if (lane < rows) parts[i].template decode<T>(w, shared.map, offset, at + lane * 128);
           cutlass::arch::fence_view_async_shared();
           __syncwarp();
-          if (lane == 0) share(at, cute::cast_smem_ptr_to_uint(barrier), rank);
+          if (lane == 0) share(at, rows * 128, cute::cast_smem_ptr_to_uint(barrier), rank);
         }
         cutlass::arch::ClusterBarrier::arrive(barrier);
         fetch(parts[i]);
@@ -289,12 +295,14 @@ struct PackedKernel
   }
 };
 
-template <class Element, class T, bool kByOut>
+template <class Element, class T, bool kByOut, int kTileN>
 struct PackedGemm {
-  using Tile = cute::Shape<cute::_256, cute::_128, cute::_64>;
+  using Tile = cute::Shape<cute::_256, cute::Int<kTileN>, cute::_64>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using Dense =
-      lora::GemmOf<Element, kByOut, 256, 128, 2, 1, lora::Cooperative, lora::EpilogueTileAuto>;
+  // The default stores 32 columns at a time.
+  using EpilogueTile = std::conditional_t<kTileN % 32 == 0, lora::EpilogueTileAuto,
+                                          cute::Shape<cute::_128, cute::_16>>;
+  using Dense = lora::GemmOf<Element, kByOut, 256, kTileN, 2, 1, lora::Cooperative, EpilogueTile>;
   using Epilogue = typename Dense::Epilogue;
   static constexpr int kAlign = 8, kMapBytes = 256 * 4 + 64;
   using Stock = typename cutlass::gemm::collective::CollectiveBuilder<
@@ -354,5 +362,17 @@ struct PackedGemm {
                                   lora::Start::kInOrder, place.stream);
   }
 };
+
+// By tiles of so many columns.
+template <class Element, class T>
+void launch_packed(const GemmParams& args, int columns, const Placement& place) {
+  if (columns == kGemmNarrowColumns) {
+    PackedGemm<Element, T, true, kGemmNarrowColumns>::launch(args, place);
+  } else if (args.by_out) {
+    PackedGemm<Element, T, true, kGemmColumns>::launch(args, place);
+  } else {
+    PackedGemm<Element, T, false, kGemmColumns>::launch(args, place);
+  }
+}
 
 }  // namespace pyfast::nf4

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
+// Products of 112 columns; CUTLASS would take seven of 16.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include "nf4/gemm_sm90.cuh"
 
 namespace pyfast::nf4 {
 
-void launch_gemm_sm90_f16(const GemmParams& params, const Placement& place) {
-  if (params.by_out) {
-    PackedGemm<cutlass::half_t, __half, true>::launch(params, place);
-  } else {
-    PackedGemm<cutlass::half_t, __half, false>::launch(params, place);
-  }
+void launch_gemm_sm90_f16(const GemmParams& params, int columns, const Placement& place) {
+  launch_packed<cutlass::half_t, __half>(params, columns, place);
 }
 
 }  // namespace pyfast::nf4

@@ -33,7 +33,9 @@ void launch_few_rows_mma_sm90(const FewRowsParams& params, const Placement& plac
 void launch_few_rows_wgmma_sm90(const FewRowsParams& params, const Placement& place);
 
 inline constexpr const char* kGemmOp = "nf4_gemm";
-void launch_gemm_sm90_bf16(const GemmParams& params, const Placement& place);
-void launch_gemm_sm90_f16(const GemmParams& params, const Placement& place);
+// Columns of a tile; the narrow ones are for W by out feature.
+constexpr int kGemmColumns = 128, kGemmNarrowColumns = 112;
+void launch_gemm_sm90_bf16(const GemmParams& params, int columns, const Placement& place);
+void launch_gemm_sm90_f16(const GemmParams& params, int columns, const Placement& place);
 
 }  // namespace pyfast::nf4

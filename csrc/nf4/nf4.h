@@ -101,7 +101,7 @@ std::string_view dequantize(const DequantizeParams& params, const Placement& pla
 // Products that no kernel serves are refused with the reason of each.
 std::string_view few_rows(const FewRowsParams& params, const Placement& place,
                           std::string_view variant);
-std::string_view gemm(const GemmParams& params, const Placement& place);
+std::string_view gemm(const GemmParams& params, const Placement& place, std::string_view variant);
 
 // The rows of the table of "nf4_quantize", "nf4_nest", "nf4_dequantize", "nf4_few_rows" or
 // "nf4_gemm".

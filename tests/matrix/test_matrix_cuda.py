@@ -6,6 +6,8 @@ import torch
 
 from pyfast import ops
 from tests.matrix.cells import MARKS, cells, close, pair, train
+from tests.matrix.methods import METHODS
+from tests.matrix.record import Record
 
 pytestmark = [
     *MARKS,
@@ -15,8 +17,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def record():
+    rows = Record()
+    yield rows
+    rows.write()
+
+
 @cells()
-def test_losses_in_bfloat16_are_near_the_oracles(name, method):
+def test_losses_in_bfloat16_are_near_the_oracles(name, method, record):
     ours, theirs = pair(method, name)
     expected = train(theirs, steps=5).losses
     ours.to("cuda", torch.bfloat16)
@@ -30,3 +39,5 @@ def test_losses_in_bfloat16_are_near_the_oracles(name, method):
         names = {kernel for op, kernel in ran if op.startswith("lora_")}
         assert names
         assert "reference" not in names
+    column = next(column for column, each in METHODS.items() if each is method)
+    record.add(name, column, got, expected, ran)

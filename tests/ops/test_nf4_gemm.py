@@ -52,12 +52,30 @@ MEASURED = [
     (1024, 4096, 14336, 177.9, 217.5),
     (2048, 14336, 4096, 372.7, 392.8),
     (2048, 4096, 14336, 361.2, 383.6),
+    (512, 14336, 4096, 96.5, 144.0),
+    (1024, 14336, 4096, 181.7, 207.2),
+    (1024, 7168, 4096, 94.5, 114.6),
+    (1024, 11008, 4096, 140.1, 163.3),
+    (512, 28672, 8192, 369.9, 519.1),
 ]
 
 
 @pytest.mark.parametrize(("m", "n", "k", "kernel", "scratch"), MEASURED)
 def test_the_rule_agrees_with_what_was_measured(m, n, k, kernel, scratch):
-    assert _nf4_gemm.is_faster(m, n, k, 132) == (kernel < scratch)
+    # 14336 out features by the forward's kernel, 4096 of as many by that of dx.
+    assert _nf4_gemm.is_faster(m, n, k, n >= k, 132) == (kernel < scratch)
+
+
+# Narrow tiles where they leave less of the last wave idle: us of wide and narrow ones.
+@pytest.mark.parametrize(
+    ("m", "n", "wide", "narrow"),
+    [(512, 14336, 98.6, 96.5), (1024, 14336, 184.9, 181.7), (1024, 7168, 96.0, 94.5),
+     (1024, 11008, 142.1, 140.1), (2048, 14336, 342.5, 372.6), (4096, 14336, 713.6, 756.9)],
+)  # fmt: skip
+def test_the_tiles_that_were_measured_to_be_faster_are_chosen(m, n, wide, narrow):
+    chosen = 112 if narrow < wide else 128
+    assert _nf4_gemm._tile(m, n, True, 132)[0] == chosen
+    assert _nf4_gemm._tile(m, n, False, 132)[0] == 128
 
 
 def test_what_the_extension_refuses():
@@ -66,7 +84,7 @@ def test_what_the_extension_refuses():
         "device": -1, "x": 16, "pitch_x": 64, "packed": 16, "absmax": 16, "nested_absmax": 0,
         "offset": 0, "z": 16, "pitch_z": 8, "b": 16, "pitch_b": 8, "bias": 0, "y": 16,
         "pitch_y": 128, "m": 1, "n": 128, "k": 64, "r": 4, "by_out": True, "dtype": 2,
-        "blocksize": 64, "threads": 1, "stream": 0,
+        "blocksize": 64, "threads": 1, "stream": 0, "variant": "",
     }  # fmt: skip
     for changes, sentence in (
         ({"dtype": 0}, "dtype must be"),
@@ -85,6 +103,7 @@ def test_what_the_extension_refuses():
         ({"b": 24}, "z and b must lie"),
         ({"pitch_b": 0}, "z and b must lie"),
         ({}, "no kernel can run here"),
+        ({"variant": "nf4_gemm_sm90_tall"}, "this build has no variant .nf4_gemm_sm90_tall"),
     ):
         with pytest.raises(ValueError, match=sentence):
             _extension.C.nf4_gemm(**(served | changes))

@@ -16,37 +16,42 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not SM90, reason="kernels for 
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL = "nf4_gemm_sm90"
+NARROW = f"{KERNEL}_narrow"
+# W by out feature or not, and the kernel.
+WAYS = [(True, KERNEL), (True, NARROW), (False, KERNEL)]
 # Of W: ragged rows and columns, fewer than a tile, several waves of tiles.
 SHAPES = [(1000, 512), (8, 64), (4096, 4096), (392, 1088), (20000, 320)]
 
 
-def product(x, parts, n, by_out, **others):
+def product(x, parts, n, by_out, kernel=KERNEL, **others):
     """x W^T, or x W where W is not `by_out`, of n columns."""
     codes, absmax, inner, offset = parts
     out = torch.full((len(x), n), float("nan"), dtype=x.dtype, device="cuda")
-    name = _nf4_gemm.gemm(out, x, codes, absmax, 64, inner, offset, by_out=by_out, **others)
-    assert name == KERNEL
+    name = _nf4_gemm.gemm(
+        out, x, codes, absmax, 64, inner, offset, by_out=by_out, kernel=kernel, **others
+    )
+    assert name == kernel
     return out
 
 
-@pytest.mark.parametrize("by_out", [True, False])
+@pytest.mark.parametrize(("by_out", "kernel"), WAYS)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_hot_rows_give_the_weights_bit_for_bit(shape, dtype, nested, by_out):
+def test_one_hot_rows_give_the_weights_bit_for_bit(shape, dtype, nested, by_out, kernel):
     parts = packed(*shape, "cuda", nested=nested)
     weights = dense(parts, *shape, dtype)
     weights = weights.t() if by_out else weights
     x = torch.eye(len(weights), dtype=dtype, device="cuda")
-    got = product(x, parts, weights.shape[1], by_out)
+    got = product(x, parts, weights.shape[1], by_out, kernel)
     assert torch.equal(got.view(torch.int16), (weights + 0.0).view(torch.int16))
 
 
 @pytest.mark.parametrize("rank", [0, 5, 16, 64, 100])
-@pytest.mark.parametrize("by_out", [True, False])
+@pytest.mark.parametrize(("by_out", "kernel"), WAYS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_further_from_float64_than_a_product_rounded_once(shape, dtype, by_out, rank):
+def test_no_further_from_float64_than_a_product_rounded_once(shape, dtype, by_out, kernel, rank):
     rows, columns = shape
     parts = packed(rows, columns, "cuda", nested=True)
     weights = dense(parts, rows, columns, dtype).double()
@@ -65,14 +70,14 @@ def test_no_further_from_float64_than_a_product_rounded_once(shape, dtype, by_ou
             used = factor.to(dtype).double()
             exact = exact + z[:, :rank].double() @ (used.T if by_out else used)
         exact = exact + (0.0 if bias is None else bias.double())
-        y = product(x, parts, n, by_out, bias=bias, **low)
+        y = product(x, parts, n, by_out, kernel, bias=bias, **low)
         few = 2.0 if m * n < 100 else 1.2 if m * n < 10_000 else 1.01
         assert rms(y, exact) <= few * rms(exact.to(dtype), exact), m
-        assert torch.equal(y, product(x, parts, n, by_out, bias=bias, **low))
+        assert torch.equal(y, product(x, parts, n, by_out, kernel, bias=bias, **low))
 
 
-@pytest.mark.parametrize("by_out", [True, False])
-def test_hostile_scales_and_inputs(by_out):
+@pytest.mark.parametrize(("by_out", "kernel"), WAYS)
+def test_hostile_scales_and_inputs(by_out, kernel):
     """A NaN scale spoils its own row of W, an infinite x its own row; what lies past the end nothing."""
     rows, columns, m = 1000, 512, 300
     codes, absmax, inner, offset = packed(rows, columns, "cuda")
@@ -80,7 +85,7 @@ def test_hostile_scales_and_inputs(by_out):
     n, k = (rows, columns) if by_out else (columns, rows)
     x = seeded((m, k), seed=1, dtype=torch.bfloat16, device="cuda")
     x[m // 2, 3] = float("inf")
-    finite = torch.isfinite(product(x, (codes, absmax, inner, offset), n, by_out))
+    finite = torch.isfinite(product(x, (codes, absmax, inner, offset), n, by_out, kernel))
     spoilt = torch.zeros_like(finite)
     spoilt[:, 7 if by_out else slice(64)] = True
     spoilt[m // 2] = True
@@ -110,9 +115,11 @@ def test_on_a_side_stream_and_in_a_graph():
     assert torch.equal(got, expected_later)
 
 
+# 7168 out features are two waves of tiles, narrow ones too.
+@pytest.mark.parametrize(("n", "kernel"), [(4096, KERNEL), (7168, NARROW)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_layers_are_served_both_ways(dtype):
-    n, k = 4096, 4096
+def test_layers_are_served_both_ways(dtype, n, kernel):
+    k = 4096
     codes, absmax, inner, offset = parts = packed(n, k, "cuda", nested=True)
     weights = dense(parts, n, k, dtype).double()
     x = seeded((2, 512, k), seed=1, dtype=dtype, device="cuda").requires_grad_()
@@ -122,8 +129,8 @@ def test_layers_are_served_both_ways(dtype):
         y = ops.nf4_linear(x, codes, absmax, out_features=n, **scales)
         y.backward(dy)
     assert ran == [
-        ("nf4_gemm", KERNEL),
-        ("nf4_linear", KERNEL),
+        ("nf4_gemm", kernel),
+        ("nf4_linear", kernel),
         ("nf4_gemm", KERNEL),
         ("nf4_linear_backward", KERNEL),
     ]

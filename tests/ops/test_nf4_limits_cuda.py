@@ -24,7 +24,7 @@ SLICES = [slice(at, at + SAMPLE) for at in (0, (1 << 31) // K - SAMPLE // 2, N -
 
 
 def kernel_name(m):
-    many = "nf4_gemm_sm90" if SM90 else "nf4_linear_scratch"
+    many = "nf4_gemm_sm90_narrow" if SM90 else "nf4_linear_scratch"
     return expected_kernel(m, N) if m <= 256 else many
 
 
