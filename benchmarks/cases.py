@@ -337,7 +337,7 @@ def all_cases(device: str) -> list[Case]:
         *_blocks("lora_layer", LLAMA, [2048, 8192], [16, 64], nf4=True),
         *_steps("llama3_8b", {"layers": 8, **LLAMA, "vocab": 128256}, [(2, 4096), (1, 1024)], 16),
         *_doras(layers, [2048, 8192], 16),
-        *_adapters([(8192, 4096), (8192, 14336)], [16, 64, 256]),
+        *_adapters([(8192, 4096), (8192, 14336)], [16, 64, 128, 256]),
         *_scaled_linears([*square, (4096, 14336)], [2048, 8191, 8192]),
         *_dropouts([(8192, 4096), (8192, 14336)]),
         *_tiny(),

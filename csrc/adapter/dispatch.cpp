@@ -25,8 +25,29 @@ constexpr std::string_view kScaledName = "scaled_linear_backward_sm90";
 
 #ifdef PYFAST_CUDA
 
-const Launchers& launchers(DType dtype) {
-  return dtype == DType::bf16 ? launchers_bf16() : launchers_f16();
+#ifdef PYFAST_SM90
+bool by_wgmma(std::int64_t r, int device) {
+  return r > kNarrowRank && cuda_device(device).sm / 10 == 9;
+}
+#endif
+
+Launchers launchers(const Problem& problem, [[maybe_unused]] int device) {
+  const bool bf16 = problem.dtype == DType::bf16;
+  Launchers chosen = bf16 ? launchers_bf16() : launchers_f16();
+#ifdef PYFAST_SM90
+  if (by_wgmma(problem.r, device)) {
+    static_cast<Products&>(chosen) = bf16 ? products_sm90_bf16() : products_sm90_f16();
+  }
+#endif
+  return chosen;
+}
+
+Cuts cuts_of(std::int64_t m, std::int64_t k, std::int64_t r, int device) {
+  const int sm_count = cuda_device(device).sm_count;
+#ifdef PYFAST_SM90
+  if (by_wgmma(r, device)) return cuts_sm90(m, k, r, sm_count);
+#endif
+  return cuts(m, k, r, sm_count);
 }
 
 void check(const Problem& problem, const Placement& place) {
@@ -53,12 +74,11 @@ void check(const Problem& problem, const Placement& place) {
 // The regions of the workspace.
 struct Layout {
   Layout(std::int64_t m, std::int64_t k, std::int64_t r, int device)
-      : rows(rows_cut(m, k, r, cuda_device(device).sm_count)),
-        grads(grads_cut(m, k, r, cuda_device(device).sm_count)) {
-    const std::int64_t bands = grads.bands;
+      : cuts(cuts_of(m, k, r, device)) {
+    const std::int64_t bands = cuts.grads.bands, slabs = cuts.rows.slabs;
     active = take(m * r * 2);
-    const std::int64_t blocks = rows.slabs > 1 ? std::int64_t{rows.bands} * rows.slabs : 0;
-    rows_parts = take(blocks * rows_part(r) * 4);
+    const std::int64_t blocks = slabs > 1 ? cuts.rows.bands * slabs : 0;
+    rows_parts = take(blocks * cuts.rows_part * 4);
     forward_end = end;
     weighted = take(r * k * 2);
     ranks = take(r * 16);
@@ -76,7 +96,7 @@ struct Layout {
     end += ceil_div(bytes, 128) * 128;
     return begin;
   }
-  Cut rows, grads;
+  Cuts cuts;
   std::int64_t end = 0, forward_end = 0;
   std::int64_t active, rows_parts, weighted, ranks, dh, lines, down_parts, up_parts, dy_parts,
       dh_parts;
@@ -97,7 +117,7 @@ RowsArgs rows_args(const Problem& problem, const Layout& layout) {
   args.stats = problem.norm_weight != nullptr ? problem.stats : nullptr;
   args.h = problem.h;
   args.active = at<void>(problem.workspace, layout.active);
-  args.cut = layout.rows;
+  args.cut = layout.cuts.rows;
   args.parts = at<float>(problem.workspace, layout.rows_parts);
   return args;
 }
@@ -131,7 +151,7 @@ std::string_view forward(const Forward& params, const Placement& place) {
   check_pointer(kOp, "y", params.y);
   const DeviceGuard guard(place.device);
   const Layout layout(params.m, params.k, params.r, place.device);
-  const Launchers& launch = launchers(params.dtype);
+  const Launchers launch = launchers(params, place.device);
 
   RowsArgs rows = rows_args(params, layout);
   rows.t = params.x;
@@ -164,7 +184,7 @@ std::string_view forward(const Forward& params, const Placement& place) {
   up.bias = params.up_bias;
   up.y = params.y;
   up.rows = rows.rows, up.cols = rows.cols, up.rank = rows.rank;
-  up.cut = up_cut(params.m, params.k, params.r, cuda_device(place.device).sm_count);
+  up.cut = layout.cuts.up;
   launch.up(up, place.stream);
   return kName;
 }
@@ -174,7 +194,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
   check_pointer(kOp, "dy", params.dy);
   const DeviceGuard guard(place.device);
   const Layout layout(params.m, params.k, params.r, place.device);
-  const Launchers& launch = launchers(params.dtype);
+  const Launchers launch = launchers(params, place.device);
   const bool norm = params.norm_weight != nullptr, wants_down = params.d_down != nullptr;
 
   RowsArgs rows = rows_args(params, layout);
@@ -207,7 +227,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
                              (wants_down && params.norm_bias != nullptr),
                          layout.dh_parts);
   grads.rows = rows.rows, grads.cols = rows.cols, grads.rank = rows.rank;
-  grads.cut = layout.grads;
+  grads.cut = layout.cuts.grads;
   const bool sums = grads.down_parts != nullptr || grads.up_parts != nullptr ||
                     grads.dy_parts != nullptr || grads.dh_parts != nullptr;
   if (sums || params.dx != nullptr) launch.grads(grads, place.stream);
@@ -227,7 +247,7 @@ std::string_view backward(const Backward& params, const Placement& place) {
   sum.d_up_bias = params.d_up_bias;
   sum.d_weight = params.d_norm_weight;
   sum.d_bias = params.d_norm_bias;
-  sum.bands = layout.grads.bands;
+  sum.bands = layout.cuts.grads.bands;
   sum.cols = rows.cols, sum.rank = rows.rank;
   launch.sum(sum, place.stream);
   return kName;

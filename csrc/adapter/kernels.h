@@ -12,6 +12,7 @@ struct Cut {
   int chunks = 1;  // of a band
   int bands = 1;
   int slabs = 1;
+  int rows = 0;  // of a block, where it may have more or fewer
 };
 
 // D with the norm's weight, a power of two per rank that makes it fit any type, and its sums.
@@ -42,7 +43,8 @@ struct RowsArgs {
   void* active = nullptr;  // [M, R] act(h)
   // [M, 4]: mean, 1 / deviation, and the two sums of the norm's gradient as a line in x.
   float* lines = nullptr;
-  // Bands are blocks of rows. Several slabs leave rows_part() floats each for one more kernel.
+  // Bands are blocks of rows. Several slabs leave Cuts::rows_part floats each for one more
+  // kernel, but for those of sm90, which are a cluster.
   Cut cut;
   float* parts = nullptr;
 };
@@ -98,21 +100,30 @@ struct SumArgs {
 };
 
 // For one element type.
-struct Launchers {
-  void (*weigh)(const WeighArgs&, void* stream);
+struct Products {
   void (*rows)(const RowsArgs&, bool backward, void* stream);
   void (*up)(const UpArgs&, void* stream);
   void (*grads)(const GradsArgs&, void* stream);
+};
+struct Launchers : Products {
+  void (*weigh)(const WeighArgs&, void* stream);
   void (*sum)(const SumArgs&, void* stream);
 };
 const Launchers& launchers_bf16();
 const Launchers& launchers_f16();
 
 // The same for both types, as they are of one size.
-Cut rows_cut(std::int64_t m, std::int64_t k, std::int64_t r, int sm_count);
-std::int64_t rows_part(std::int64_t r);  // floats of a block
-Cut up_cut(std::int64_t m, std::int64_t k, std::int64_t r, int sm_count);
-Cut grads_cut(std::int64_t m, std::int64_t k, std::int64_t r, int sm_count);
+struct Cuts {
+  Cut rows, up, grads;
+  std::int64_t rows_part = 0;  // floats that a block of several slabs leaves
+};
+Cuts cuts(std::int64_t m, std::int64_t k, std::int64_t r, int sm_count);
 int most_shared_bytes(std::int64_t r);
+
+// The products by wgmma, for ranks above kNarrowRank.
+inline constexpr int kNarrowRank = 64;
+const Products& products_sm90_bf16();
+const Products& products_sm90_f16();
+Cuts cuts_sm90(std::int64_t m, std::int64_t k, std::int64_t r, int sm_count);
 
 }  // namespace pyfast::adapter

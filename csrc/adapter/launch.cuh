@@ -7,6 +7,7 @@
 #include "adapter/small.cuh"
 #include "adapter/tiles.cuh"
 #include "common/check.h"
+#include "common/launch.h"
 #include "common/shared_memory.cuh"
 
 namespace pyfast::adapter {
@@ -25,19 +26,51 @@ auto visit_rank(std::int64_t rank, const Visitor& visitor) {
 
 // `early`: launched while the grid before it still runs, for whose end it waits.
 template <auto kKernel, int kThreadsIn = kThreads, class Args>
-void enqueue(std::int64_t blocks, int shared, bool early, const Args& args, void* stream) {
+void enqueue(std::int64_t blocks, int shared, bool early, const Args& args, void* stream,
+             int cluster = 1) {
   if (shared > 0) allow_shared_memory<kKernel>(kOp, shared);
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = kThreadsIn;
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   CUDA_CHECK(kOp, cudaLaunchKernelEx(&config, kKernel, args));
+}
+
+// Cuts [M, K] so that the SMs are busy to the end. In units of one chunk's time: 3 to start a
+// block, and what each band's part of the gradients costs.
+template <class S>
+Cut walk_cut(std::int64_t m, std::int64_t k, int sm_count, float part) {
+  const std::int64_t chunks = ceil_div(m, S::kRows), slabs = ceil_div(k, S::kSlab);
+  const std::int64_t slots = static_cast<std::int64_t>(sm_count) * S::kBlocks;
+  Cut best;
+  best.slabs = static_cast<int>(slabs);
+  float least = 0;
+  for (std::int64_t bands = 1; bands <= std::min<std::int64_t>(chunks, 64); ++bands) {
+    const std::int64_t length = ceil_div(chunks, bands);
+    const auto waves = static_cast<float>(ceil_div(slabs * bands, slots));
+    const float cost =
+        waves * (static_cast<float>(length) + 3.0F) + part * static_cast<float>(bands);
+    if (least == 0 || cost < least) {
+      least = cost;
+      best.chunks = static_cast<int>(length);
+      best.bands = static_cast<int>(ceil_div(chunks, length));
+    }
+  }
+  return best;
 }
 
 template <class T>
@@ -88,7 +121,7 @@ void launch_sum(const SumArgs& args, void* stream) {
 }
 
 template <class T>
-inline constexpr Launchers kLaunchers = {&launch_weigh<T>, &launch_rows<T>, &launch_up<T>,
-                                         &launch_grads<T>, &launch_sum<T>};
+inline constexpr Launchers kLaunchers = {
+    {&launch_rows<T>, &launch_up<T>, &launch_grads<T>}, &launch_weigh<T>, &launch_sum<T>};
 
 }  // namespace pyfast::adapter

@@ -21,7 +21,7 @@ constexpr unsigned kAll = 0xFFFFFFFF;
 
 // Copies tiles of kRows x kUnits 16-byte units, one after another along the rows or the columns of
 // a matrix; zeros outside of it. What does not change from tile to tile is worked out once.
-template <int kRows, int kUnits, int kThreads>
+template <int kRows, int kUnits, int kThreads, class TileIn = lora::skinny::Tile<kRows, kUnits>>
 class Loader {
  public:
   static constexpr int kStep = kThreads / kUnits;  // rows between units of a thread
@@ -34,16 +34,16 @@ class Loader {
       : row_bytes_(pitch * 2),
         rows_(rows - row - thread() / kUnits),
         cols_(cols - col - thread() % kUnits * 8),
-        offset_(lora::skinny::Tile<kRows, kUnits>::offset(thread() / kUnits, thread() % kUnits)),
-        matrix_(static_cast<const char*>(matrix)),
-        from_(matrix_ + (row + thread() / kUnits) * row_bytes_ +
+        offset_(TileIn::offset(thread() / kUnits, thread() % kUnits)),
+        from_(static_cast<const char*>(matrix) + (row + thread() / kUnits) * row_bytes_ +
               (col + thread() % kUnits * 8) * 2) {}
   __device__ __forceinline__ void load(std::uint32_t tile) const {
     if (kSome && thread() >= kRows * kUnits) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool in = i * kStep < rows_ && cols_ > 0;
-      copy16(tile + offset_ + i * kThreads * 16, in ? from_ + i * kStep * row_bytes_ : matrix_,
+      // Of no bytes the address is not looked at.
+      copy16(tile + offset_ + i * kStep * TileIn::kRowBytes, from_ + i * kStep * row_bytes_,
              in ? 16 : 0);
     }
   }
@@ -62,7 +62,6 @@ class Loader {
   std::int64_t row_bytes_;
   int rows_, cols_;  // ahead of the thread's first unit
   std::uint32_t offset_;
-  const char* matrix_;
   const char* from_;
 };
 
@@ -86,7 +85,7 @@ struct RowsShape {
   static constexpr int kStage = (kRows + kRank) * kCols * 2;
   static constexpr int kStages = std::min(6, 158 * 1024 / kStage);
   static constexpr int kPitch = kRank + 8;  // of the sums, so that a quad's banks differ
-  static constexpr int kStatic = (kGroupsK + 1) * kRows * 8 + 16;
+  static constexpr int kStatic = (kGroupsK + 1 + std::max(1, kRank / 64)) * kRows * 8 + 16;
   static constexpr int kShared = std::max(kStages * kStage, kGroupsK * kRows * kPitch * 4);
   static constexpr int kPart = kRows * (kRank + 2);  // floats that a slab leaves to the others
 };
@@ -110,19 +109,31 @@ __device__ __forceinline__ std::uint32_t pack_pair(float low, float high) {
   return pair;
 }
 
+__device__ __forceinline__ uint4 load_shared16(std::uint32_t at) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(at)
+               : "memory");
+  return value;
+}
+
+// In float32 to a few units of the last place, of which the results keep 11 bits or fewer.
+__device__ __forceinline__ float sigmoid(float h) { return __fdividef(1.0F, 1.0F + __expf(-h)); }
+
 __device__ __forceinline__ float activate(float h, Activation activation) {
   if (activation == Activation::relu) return h > 0 || isnan(h) ? h : 0.0F;
-  if (activation == Activation::silu) return h / (1.0F + expf(-h));
+  if (activation == Activation::silu) return h * sigmoid(h);
   return 0.5F * h * (1.0F + erff(h * 0.70710678F));
 }
 __device__ __forceinline__ float activate_backward(float grad, float h, Activation activation) {
   if (activation == Activation::relu) return h > 0 || isnan(h) ? grad : 0.0F;
   if (activation == Activation::silu) {
-    const float s = 1.0F / (1.0F + expf(-h));
+    const float s = sigmoid(h);
     return grad * s * (1.0F + h * (1.0F - s));
   }
   const float cdf = 0.5F * (1.0F + erff(h * 0.70710678F));
-  return grad * (cdf + h * 0.39894228F * expf(-0.5F * h * h));
+  return grad * (cdf + h * 0.39894228F * __expf(-0.5F * h * h));
 }
 
 // Sums of a row's elements and of their squares, each less the same number.
@@ -295,24 +306,39 @@ __device__ __forceinline__ void leave_moments(float2* shared, const Place<S>& pl
   }
 }
 
-// Calls visitor(row, rank) for the pairs of ranks of kRows rows from `first` on, and once all of a
-// row have been visited, finish(row), in kLanes lanes that are neighbours.
-template <class S, int kRows, int kWarps>
+// The rows that a block finishes: `count` of those of its tile, which starts at `row`.
+struct Span {
+  int row, first, count;
+};
+
+// How kThreads threads share rows: each has two ranks, of one row out of kAtOnce.
+template <class S, int kThreads>
 struct Pairs {
-  static constexpr int kLanes = std::min(32, S::kRank / 2), kAtOnce = 32 / kLanes;
-  static_assert(kRows % (kWarps * kAtOnce) == 0);
-  template <class Visitor, class Finish>
-  static __device__ __forceinline__ void visit(int first, int rank, int rows,
-                                               const Visitor& visitor, const Finish& finish) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int step = 0; step < kRows / (kWarps * kAtOnce); ++step) {
-      const int i = first + (step * kWarps + warp) * kAtOnce + lane / kLanes;
+  static constexpr int kPairs = S::kRank / 2, kAtOnce = kThreads / kPairs;
+  static constexpr int kBatch = 4;  // rows whose loads are in flight together
+  int rank = static_cast<int>(threadIdx.x) % kPairs * 2;
+
+  // For each row calls visitor(row, in, load(row)), all threads at once; outside of `in` nothing
+  // is loaded. The loop stays short: instructions that run but once take longer to come than to
+  // run.
+  template <class Load, class Visitor>
+  __device__ __forceinline__ void visit(const Span& span, int rows, int ranks, const Load& load,
+                                        const Visitor& visitor) const {
+    const int first = span.first + static_cast<int>(threadIdx.x) / kPairs;
+    const int steps = span.count / kAtOnce;
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kBatch) {
+      decltype(load(0)) loaded[kBatch] = {};
+      const auto row = [&](int n) { return first + (step + n) * kAtOnce; };
+      const auto in = [&](int n) { return rank < ranks && span.row + row(n) < rows; };
 #pragma unroll
-      for (int j = 0; j < S::kRank / 2 / kLanes; ++j) {
-        const int r = (j * kLanes + lane % kLanes) * 2;
-        if (i < rows && r < rank) visitor(i, r);
+      for (int n = 0; n < kBatch; ++n) {
+        if (step + n < steps && in(n)) loaded[n] = load(row(n));
       }
-      finish(i);
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        if (step + n < steps) visitor(row(n), in(n), loaded[n]);
+      }
     }
   }
 };
@@ -320,10 +346,12 @@ struct Pairs {
 // A slab's sums to where another kernel finds them.
 template <class S>
 __device__ __forceinline__ void store_part(const Sums<S>& sums, float* part, int rank) {
-  Pairs<S, S::kRows, S::kWarps>::visit(
-      0, rank, S::kRows,
-      [&](int i, int r) { *reinterpret_cast<float2*>(part + i * S::kRank + r) = sums(i, r); },
-      [](int) {});
+  const Pairs<S, S::kThreads> pairs;
+  pairs.visit(
+      {0, 0, S::kRows}, S::kRows, rank, [&](int i) { return sums(i, pairs.rank); },
+      [&](int i, bool in, float2 sum) {
+        if (in) *reinterpret_cast<float2*>(part + i * S::kRank + pairs.rank) = sum;
+      });
   if (threadIdx.x < S::kRows) {
     reinterpret_cast<float2*>(part + S::kRows * S::kRank)[threadIdx.x] =
         sums.moments(static_cast<int>(threadIdx.x));
@@ -339,12 +367,12 @@ __device__ __forceinline__ float2 load_pair(const void* from, std::int64_t at) {
   return widen_pair<T>(*reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(from) + at));
 }
 
-// Mean and one over the deviation of kRows rows, from their shifted sums.
-template <class T, class S, int kRows>
+// Mean and one over the deviation of rows, from their shifted sums.
+template <class T, class S>
 __device__ __forceinline__ void find_stats(float2* stats, const Sums<S>& sums, const RowsArgs& args,
-                                           int row, int first) {
-  const int i = first + static_cast<int>(threadIdx.x);
-  if (threadIdx.x >= kRows || row + i >= args.rows) return;
+                                           const Span& span) {
+  const int row = span.row, i = span.first + static_cast<int>(threadIdx.x);
+  if (i >= span.first + span.count || row + i >= args.rows) return;
   const float shift = widen(static_cast<const T*>(args.t)[(row + i) * args.pitch]);
   const float2 moments = sums.moments(i);
   const auto cols = static_cast<float>(args.cols);
@@ -355,76 +383,105 @@ __device__ __forceinline__ void find_stats(float2* stats, const Sums<S>& sums, c
 }
 
 // h and act(h) of the block's rows.
-template <class T, class S, int kRows, int kWarps>
+template <class T, class S, int kThreads>
 __device__ __forceinline__ void finish_forward(const Sums<S>& sums, const float2* stats,
-                                               const RowsArgs& args, int row, int first) {
+                                               const RowsArgs& args, const Span& span) {
+  const Pairs<S, kThreads> pairs;
+  const int r = pairs.rank;
   const auto* ranks = reinterpret_cast<const float4*>(args.ranks);
-  Pairs<S, kRows, kWarps>::visit(
-      first, args.rank, args.rows - row,
-      [&](int i, int r) {
-        float2 sum = sums(i, r);
-        if (ranks != nullptr) {
-          const auto [mean, scale] = stats[i];
-          const float4 low = ranks[r], high = ranks[r + 1];
-          sum.x = fmaf((sum.x - mean * low.y) * scale, low.x, low.z);
-          sum.y = fmaf((sum.y - mean * high.y) * scale, high.x, high.z);
-        } else if (args.bias != nullptr) {
-          const float2 bias = load_pair<T>(args.bias, r);
-          sum.x += bias.x, sum.y += bias.y;
-        }
-        const std::int64_t at = static_cast<std::int64_t>(row + i) * args.rank + r;
+  float4 low = make_float4(1, 0, 0, 0), high = low;
+  if (r < args.rank && ranks != nullptr) {
+    low = ranks[r], high = ranks[r + 1];
+  } else if (r < args.rank && args.bias != nullptr) {
+    const float2 bias = load_pair<T>(args.bias, r);
+    low.z = bias.x, high.z = bias.y;
+  }
+  pairs.visit(
+      span, args.rows, args.rank, [&](int i) { return sums(i, r); },
+      [&](int i, bool in, float2 sum) {
+        if (!in) return;
+        const auto [mean, scale] = ranks != nullptr ? stats[i] : make_float2(0, 1);
+        sum.x = fmaf((sum.x - mean * low.y) * scale, low.x, low.z);
+        sum.y = fmaf((sum.y - mean * high.y) * scale, high.x, high.z);
+        const std::int64_t at = static_cast<std::int64_t>(span.row + i) * args.rank + r;
         const std::uint32_t h = pack_pair<T>(sum.x, sum.y);
         const float2 rounded = widen_pair<T>(h);
         store_pair<T>(args.h, at, h);
         store_pair<T>(args.active, at,
                       pack_pair<T>(activate(rounded.x, args.activation),
                                    activate(rounded.y, args.activation)));
-      },
-      [](int) {});
+      });
 }
 
 // dh and act(h), and the norm's gradient as far as rows decide it. With g = w (dh D) and xhat the
 // normed row, dx - dy = (g - mean(g) - xhat mean(g xhat)) / deviation; sum(g) = dh . sum(D w) and
 // sum(g xhat) = dh . (h - d - D b), so that neither needs g.
-template <class T, class S, int kRows, int kWarps>
-__device__ __forceinline__ void finish_backward(const Sums<S>& sums, const RowsArgs& args, int row,
-                                                int first) {
+template <class T, class S, int kThreads>
+__device__ __forceinline__ void finish_backward(const Sums<S>& sums, const RowsArgs& args,
+                                                const Span& span) {
+  using P = Pairs<S, kThreads>;
+  constexpr int kLanes = std::min(32, P::kPairs), kGroups = P::kPairs / kLanes;
+  __shared__ float2 row_sums[S::kRows][kGroups];
+  struct Loaded {
+    float2 sum, h;
+  };
+  const P pairs;
+  const int r = pairs.rank;
   const auto* stats = reinterpret_cast<const float2*>(args.stats);
-  constexpr int kLanes = Pairs<S, kRows, kWarps>::kLanes;
-  float sum_g = 0, sum_gx = 0;
-  Pairs<S, kRows, kWarps>::visit(
-      first, args.rank, args.rows - row,
-      [&](int i, int r) {
-        const float2 sum = sums(i, r);
-        const std::int64_t at = static_cast<std::int64_t>(row + i) * args.rank + r;
-        const float2 h = load_pair<T>(args.h, at);
-        const std::uint32_t dh = pack_pair<T>(activate_backward(sum.x, h.x, args.activation),
-                                              activate_backward(sum.y, h.y, args.activation));
-        store_pair<T>(args.dh, at, dh);
-        store_pair<T>(args.active, at,
-                      pack_pair<T>(activate(h.x, args.activation), activate(h.y, args.activation)));
-        if (stats != nullptr) {
+  float2 low = make_float2(0, 0), high = low;
+  if (r < args.rank && stats != nullptr)
+    low = stats[args.rows + r], high = stats[args.rows + r + 1];
+  const auto at_of = [&](int i) { return static_cast<std::int64_t>(span.row + i) * args.rank + r; };
+  pairs.visit(
+      span, args.rows, args.rank,
+      [&](int i) { return Loaded{sums(i, r), load_pair<T>(args.h, at_of(i))}; },
+      [&](int i, bool in, const Loaded& loaded) {
+        const auto [sum, h] = loaded;
+        float sum_g = 0, sum_gx = 0;
+        if (in) {
+          const std::uint32_t dh = pack_pair<T>(activate_backward(sum.x, h.x, args.activation),
+                                                activate_backward(sum.y, h.y, args.activation));
+          store_pair<T>(args.dh, at_of(i), dh);
+          store_pair<T>(
+              args.active, at_of(i),
+              pack_pair<T>(activate(h.x, args.activation), activate(h.y, args.activation)));
           const float2 d = widen_pair<T>(dh);
-          const float2 low = stats[args.rows + r], high = stats[args.rows + r + 1];
-          sum_g = fmaf(d.x, low.x, fmaf(d.y, high.x, sum_g));
-          sum_gx = fmaf(d.x, h.x - low.y, fmaf(d.y, h.y - high.y, sum_gx));
+          sum_g = fmaf(d.x, low.x, d.y * high.x);
+          sum_gx = fmaf(d.x, h.x - low.y, d.y * (h.y - high.y));
         }
-      },
-      [&](int i) {
         if (stats == nullptr) return;
+#pragma unroll
         for (int step = 1; step < kLanes; step *= 2) {
           sum_g += __shfl_xor_sync(kAll, sum_g, step);
           sum_gx += __shfl_xor_sync(kAll, sum_gx, step);
         }
-        if (threadIdx.x % kLanes == 0 && row + i < args.rows) {
-          const auto [mean, scale] = stats[row + i];
-          const auto cols = static_cast<float>(args.cols);
-          const float slope = scale * scale * sum_gx / cols;
-          reinterpret_cast<float4*>(args.lines)[row + i] =
-              make_float4(mean, scale, scale * sum_g / cols - slope * mean, slope);
+        if (threadIdx.x % kLanes == 0) {
+          row_sums[i][threadIdx.x % P::kPairs / kLanes] = make_float2(sum_g, sum_gx);
         }
-        sum_g = sum_gx = 0;
       });
+  __syncthreads();
+  const int i = span.first + static_cast<int>(threadIdx.x), at = span.row + i;
+  if (stats == nullptr || i >= span.first + span.count || at >= args.rows) return;
+  float2 sum = row_sums[i][0];
+#pragma unroll
+  for (int group = 1; group < kGroups; ++group) Sums<S>::add(sum, row_sums[i][group]);
+  const auto [mean, scale] = stats[at];
+  const auto cols = static_cast<float>(args.cols);
+  const float slope = scale * scale * sum.y / cols;
+  reinterpret_cast<float4*>(args.lines)[at] =
+      make_float4(mean, scale, scale * sum.x / cols - slope * mean, slope);
+}
+
+template <class T, class S, bool kBackward, int kThreads>
+__device__ __forceinline__ void finish(const Sums<S>& sums, float2* stats, const RowsArgs& args,
+                                       const Span& span) {
+  if constexpr (kBackward) {
+    finish_backward<T, S, kThreads>(sums, args, span);
+  } else {
+    if (args.stats != nullptr) find_stats<T>(stats, sums, args, span);
+    __syncthreads();
+    finish_forward<T, S, kThreads>(sums, stats, args, span);
+  }
 }
 
 template <class T, int kRank, bool kBackward>
@@ -512,20 +569,17 @@ __global__ void __launch_bounds__(RowsShape<kRank>::kThreads, 1)
   const Sums<S> sums{left, shared_moments, nullptr, 1};
   if (args.cut.slabs > 1) {
     store_part(sums, args.parts + static_cast<std::int64_t>(blockIdx.x) * S::kPart, args.rank);
-  } else if constexpr (kBackward) {
-    finish_backward<T, S, S::kRows, S::kWarps>(sums, args, row, 0);
   } else {
-    if (args.stats != nullptr) find_stats<T, S, S::kRows>(stats, sums, args, row, 0);
-    __syncthreads();
-    finish_forward<T, S, S::kRows, S::kWarps>(sums, stats, args, row, 0);
+    finish<T, S, kBackward, S::kThreads>(sums, stats, args, {row, 0, S::kRows});
   }
 }
 
 // What is left to do where slabs are several; a block has a few rows.
 template <int kRank>
 struct FinishShape {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kRows = kWarps * std::max(1, 64 / kRank);  // one for each warp's lanes
+  static constexpr int kThreads = 256;
+  static constexpr int kRows =
+      kThreads / 32 * std::max(1, 64 / kRank);  // one for each warp's lanes
 };
 template <class T, int kRank, bool kBackward>
 __global__ void __launch_bounds__(FinishShape<kRank>::kThreads)
@@ -539,13 +593,7 @@ __global__ void __launch_bounds__(FinishShape<kRank>::kThreads)
   const int at = static_cast<int>(blockIdx.x) * F::kRows, first = at % S::kRows, row = at - first;
   const std::int64_t part = static_cast<std::int64_t>(row / S::kRows) * args.cut.slabs;
   const Sums<S> sums{nullptr, nullptr, args.parts + part * S::kPart, args.cut.slabs};
-  if constexpr (kBackward) {
-    finish_backward<T, S, F::kRows, F::kWarps>(sums, args, row, first);
-  } else {
-    if (args.stats != nullptr) find_stats<T, S, F::kRows>(stats, sums, args, row, first);
-    __syncthreads();
-    finish_forward<T, S, F::kRows, F::kWarps>(sums, stats, args, row, first);
-  }
+  finish<T, S, kBackward, F::kThreads>(sums, stats, args, {row, first, F::kRows});
 }
 
 }  // namespace pyfast::adapter

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kSumCols = 32;
+constexpr int kSumCols = 16, kSumLines = kThreads / kSumCols;  // of ranks, at once
 
 template <class T>
 __device__ __forceinline__ float at_or(const void* vector, std::int64_t at, float without) {
@@ -81,17 +81,28 @@ __global__ void __launch_bounds__(kThreads)
     adapter_sum_kernel(const __grid_constant__ SumArgs args) {
   __shared__ float products[kSumCols][kMostRank + 1];
   __shared__ float sums_dh[kMostRank];
-  __shared__ float2 by_warp[kWarps][kSumCols];
-  wait_for_grid_before();
-  launch_next_grid();
+  __shared__ float2 by_line[kSumLines][kSumCols];
   const int first = static_cast<int>(blockIdx.x) * kSumCols;
   const int cols = min(kSumCols, args.cols - first), rank = args.rank;
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kSumCols, line = thread / kSumCols, col = first + lane;
+  // What is needed of D comes while the grids ahead still run.
+  T d[kMostRank / kSumLines];
+  const bool sums_ranks = args.d_weight != nullptr || args.d_bias != nullptr;
+#pragma unroll
+  for (int i = 0; i < kMostRank / kSumLines; ++i) {
+    const int r = i * kSumLines + line;
+    const bool in = sums_ranks && lane < cols && r < rank;
+    d[i] = in ? static_cast<const T*>(args.down)[static_cast<std::int64_t>(r) * args.cols + col]
+              : T(0.0F);
+  }
+  wait_for_grid_before();
+  launch_next_grid();
   const auto total = [&](const float* parts, std::int64_t at, std::int64_t step) {
     float sum = 0;
     for (int band = 0; band < args.bands; ++band) sum += parts[band * step + at];
     return sum;
   };
-  const auto thread = static_cast<int>(threadIdx.x);
   if (args.dh_parts != nullptr && thread < rank) {
     const float sum = total(args.dh_parts, thread, rank);
     sums_dh[thread] = sum;
@@ -125,11 +136,13 @@ __global__ void __launch_bounds__(kThreads)
     to[0] = down.x, to[1] = down.y, to[2] = down.z, to[3] = down.w;
   }
   __syncthreads();
-  const int lane = thread % 32, col = first + lane;
   float d_weight = 0, d_bias = 0;
   if (lane < cols) {
     const float w = at_or<T>(args.weight, col, 1.0F), b = at_or<T>(args.bias, col, 0.0F);
-    for (int r = thread / 32; r < rank; r += kWarps) {
+#pragma unroll
+    for (int i = 0; i < kMostRank / kSumLines; ++i) {
+      const int r = i * kSumLines + line;
+      if (r >= rank) break;
       const std::int64_t at = static_cast<std::int64_t>(r) * args.cols + col;
       const float sum_dh = args.dh_parts == nullptr ? 0.0F : sums_dh[r];
       const float p = args.down_parts == nullptr ? 0.0F : products[lane][r];
@@ -137,18 +150,15 @@ __global__ void __launch_bounds__(kThreads)
         const float with_bias = args.bias == nullptr ? p * w : fmaf(p, w, sum_dh * b);
         narrow(with_bias, static_cast<T*>(args.d_down) + at);
       }
-      if (args.d_weight != nullptr || args.d_bias != nullptr) {
-        const float d = widen(static_cast<const T*>(args.down)[at]);
-        d_weight = fmaf(d, p, d_weight);
-        d_bias = fmaf(d, sum_dh, d_bias);
-      }
+      d_weight = fmaf(widen(d[i]), p, d_weight);
+      d_bias = fmaf(widen(d[i]), sum_dh, d_bias);
     }
   }
-  by_warp[thread / 32][lane] = make_float2(d_weight, d_bias);
+  by_line[line][lane] = make_float2(d_weight, d_bias);
   __syncthreads();
   if (thread >= cols) return;
-  float2 sum = by_warp[0][thread];
-  for (int i = 1; i < kWarps; ++i) sum.x += by_warp[i][thread].x, sum.y += by_warp[i][thread].y;
+  float2 sum = by_line[0][thread];
+  for (int i = 1; i < kSumLines; ++i) sum.x += by_line[i][thread].x, sum.y += by_line[i][thread].y;
   if (args.d_weight != nullptr) narrow(sum.x, static_cast<T*>(args.d_weight) + first + thread);
   if (args.d_bias != nullptr) narrow(sum.y, static_cast<T*>(args.d_bias) + first + thread);
 }

@@ -91,14 +91,6 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[S::kTilesM][4][4],
   }
 }
 
-__device__ __forceinline__ uint4 load_shared16(std::uint32_t at) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(at)
-               : "memory");
-  return value;
-}
 __device__ __forceinline__ float4 load_shared_float4(std::uint32_t at) {
   float4 value;
   asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -119,11 +111,13 @@ __device__ __forceinline__ float2 load_shared_float2(std::uint32_t at) {
 // The eight values that a lane has of a vector over columns; zeros without one.
 template <class T>
 struct Eight {
-  float2 pairs[4] = {};
+  uint4 words = make_uint4(0, 0, 0, 0);
   __device__ __forceinline__ void load(const void* vector, int col, int cols) {
     if (vector == nullptr || col >= cols) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = load_pair<T>(vector, col + 2 * i);
+    words = *reinterpret_cast<const uint4*>(static_cast<const T*>(vector) + col);
+  }
+  __device__ __forceinline__ float2 operator[](int pair) const {
+    return widen_pair<T>(reinterpret_cast<const std::uint32_t (&)[4]>(words)[pair]);
   }
 };
 
@@ -135,6 +129,20 @@ struct Walk {
         first_row(static_cast<int>(blockIdx.x) / cut.slabs * cut.chunks * chunk_rows),
         chunks(min(cut.chunks, (rows - first_row + chunk_rows - 1) / chunk_rows)) {}
 };
+
+// y or dx of eight neighbours in a row, and what they need of a lane's product tiles: the sums of
+// the first or the second of their rows.
+template <class T>
+__device__ __forceinline__ void add_up(uint4& words, const float (&sums)[4][4], int half,
+                                       const Eight<T>& bias) {
+  std::uint32_t (&pairs)[4] = reinterpret_cast<std::uint32_t (&)[4]>(words);
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const float2 x = widen_pair<T>(pairs[t]);
+    pairs[t] = pack_pair<T>(x.x + (sums[t][half * 2] + bias[t].x),
+                            x.y + (sums[t][half * 2 + 1] + bias[t].y));
+  }
+}
 
 // y = x + act(h) U^T + u.
 template <class T, int kRank>
@@ -194,14 +202,7 @@ __global__ void __launch_bounds__(kThreads, UpShape<kRank>::kBlocks)
     for (int i = 0; i < S::kTilesM * 2; ++i) {
       const int row = warp % S::kGroupsM * S::kTilesM * 16 + i * 8 + lane / 4;
       uint4 words = load_shared16(tile + TileX::offset(row, unit));
-      std::uint32_t (&pairs)[4] = reinterpret_cast<std::uint32_t (&)[4]>(words);
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float (&c)[4] = sums[i / 2][t];
-        const float2 x = widen_pair<T>(pairs[t]);
-        pairs[t] = pack_pair<T>(x.x + (c[i % 2 * 2] + bias.pairs[t].x),
-                                x.y + (c[i % 2 * 2 + 1] + bias.pairs[t].y));
-      }
+      add_up<T>(words, sums[i / 2], i % 2, bias);
       const int at = walk.first_row + chunk * S::kRows + row;
       if (at < args.rows && col < args.cols) {
         *reinterpret_cast<uint4*>(static_cast<T*>(args.y) +
@@ -239,6 +240,32 @@ struct GradsTiles {
   std::uint32_t dy, x, dh, active, lines;
 };
 
+// Two neighbours of D, and a chunk's lines; zeros outside of them.
+template <class T>
+__device__ __forceinline__ void copy_pair(std::uint32_t to, int rank, int col,
+                                          const GradsArgs& args) {
+  const bool in = col < args.cols && rank < args.rank;
+  const auto* from = static_cast<const T*>(args.down) +
+                     (in ? static_cast<std::int64_t>(rank) * args.cols + col : 0);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(in ? 4 : 0));
+}
+template <int kRows>
+__device__ __forceinline__ void copy_lines(std::uint32_t to, int first_row, const GradsArgs& args) {
+  if (args.lines == nullptr || threadIdx.x >= kRows) return;
+  const int at = first_row + static_cast<int>(threadIdx.x);
+  copy16(to + threadIdx.x * 16, args.lines + (at < args.rows ? std::int64_t{at} * 4 : 0),
+         at < args.rows ? 16 : 0);
+}
+// Of the 16 rows from `row` on, those of a lane's words.
+__device__ __forceinline__ void load_lines(float2 (&lines)[4], std::uint32_t from, int row) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = row + i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+    lines[i] = load_shared_float2(from + at * 16);
+  }
+}
+
 // sums += t^T v over the chunk's rows.
 template <class T, class S, bool kDown>
 __device__ __forceinline__ void add_grads(Grads<S>& grads, const GradsTiles& tiles,
@@ -259,11 +286,7 @@ __device__ __forceinline__ void add_grads(Grads<S>& grads, const GradsTiles& til
     }
     if (kDown && args.lines != nullptr) {
       float2 lines[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        lines[i] =
-            load_shared_float2(tiles.lines + (k * 16 + i / 2 * 8 + lane % 4 * 2 + i % 2) * 16);
-      }
+      load_lines(lines, tiles.lines, k * 16);
 #pragma unroll
       for (int c = 0; c < S::kTilesC; ++c) norm_words<T>(a[c], lines);
     }
@@ -317,71 +340,74 @@ __device__ __forceinline__ void store_products(float* parts,
     }
   }
 }
+
+__device__ __forceinline__ float over_quad(float sum) {
+  sum += __shfl_xor_sync(kAll, sum, 1);
+  return sum + __shfl_xor_sync(kAll, sum, 2);
+}
 template <class S>
-__device__ __forceinline__ void store_sums(const Grads<S>& grads, int band, int col,
-                                           const GradsArgs& args) {
+__device__ __forceinline__ void store_dy_sums(const float (&sums)[S::kTilesC][2], int band, int col,
+                                              const GradsArgs& args) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_c = warp % S::kWarpsC, warp_r = warp / S::kWarpsC;
-  const auto of_quad = [](float sum) {
-    sum += __shfl_xor_sync(kAll, sum, 1);
-    return sum + __shfl_xor_sync(kAll, sum, 2);
-  };
-  if (args.dy_parts != nullptr && warp_r == 0) {
+  if (args.dy_parts == nullptr || warp >= S::kWarpsC) return;
 #pragma unroll
-    for (int i = 0; i < S::kTilesC * 2; ++i) {
-      const float sum = of_quad(grads.dy[i / 2][i % 2]);
-      const int at = col + warp_c * S::kTilesC * 16 + i * 8 + lane / 4;
-      if (lane % 4 == 0 && at < args.cols) {
-        args.dy_parts[static_cast<std::int64_t>(band) * args.cols + at] = sum;
-      }
-    }
-  }
-  if (args.dh_parts != nullptr && col == 0 && warp_c == 0) {
-#pragma unroll
-    for (int n = 0; n < S::kTilesR; ++n) {
-      const float sum = of_quad(grads.dh[n]);
-      const int rank = (warp_r * S::kTilesR + n) * 8 + lane / 4;
-      if (lane % 4 == 0 && rank < args.rank) args.dh_parts[band * args.rank + rank] = sum;
+  for (int i = 0; i < S::kTilesC * 2; ++i) {
+    const float sum = over_quad(sums[i / 2][i % 2]);
+    const int at = col + warp * S::kTilesC * 16 + i * 8 + lane / 4;
+    if (lane % 4 == 0 && at < args.cols) {
+      args.dy_parts[static_cast<std::int64_t>(band) * args.cols + at] = sum;
     }
   }
 }
-
-// The chunk of dx = dy + w (dh D) / deviation, less the norm's line in x.
-template <class T, class S>
-__device__ __forceinline__ void store_dx(const float (&sums)[S::kTilesM][4][4],
-                                         const Eight<T>& weight, const GradsTiles& tiles,
-                                         const GradsArgs& args, int first_row, int col, int unit) {
-  using TileT = Tile<S::kRows, S::kSlab / 8>;
+template <class S>
+__device__ __forceinline__ void store_dh_sums(const float (&sums)[S::kTilesR], int band, int col,
+                                              const GradsArgs& args) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (args.dh_parts == nullptr || col != 0 || warp % S::kWarpsC != 0) return;
 #pragma unroll
-  for (int i = 0; i < S::kTilesM * 2; ++i) {
-    const int row = warp % S::kGroupsM * S::kTilesM * 16 + i * 8 + lane / 4;
-    uint4 words = load_shared16(tiles.dy + TileT::offset(row, unit));
-    std::uint32_t (&pairs)[4] = reinterpret_cast<std::uint32_t (&)[4]>(words);
-    float4 line = make_float4(0, 0, 0, 0);
-    uint4 x_words = make_uint4(0, 0, 0, 0);
-    if (args.lines != nullptr) {
-      line = load_shared_float4(tiles.lines + row * 16);
-      x_words = load_shared16(tiles.x + TileT::offset(row, unit));
-    }
-    const std::uint32_t (&x_pairs)[4] = reinterpret_cast<const std::uint32_t (&)[4]>(x_words);
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float (&c)[4] = sums[i / 2][t];
-      const float2 dy = widen_pair<T>(pairs[t]), x = widen_pair<T>(x_pairs[t]);
-      float low = c[i % 2 * 2], high = c[i % 2 * 2 + 1];
-      if (args.lines != nullptr) {
-        low = low * weight.pairs[t].x * line.y - fmaf(line.w, x.x, line.z);
-        high = high * weight.pairs[t].y * line.y - fmaf(line.w, x.y, line.z);
-      }
-      pairs[t] = pack_pair<T>(dy.x + low, dy.y + high);
-    }
-    const int at = first_row + row;
-    if (at < args.rows && col < args.cols) {
-      *reinterpret_cast<uint4*>(static_cast<T*>(args.dx) +
-                                static_cast<std::int64_t>(at) * args.cols + col) = words;
-    }
+  for (int n = 0; n < S::kTilesR; ++n) {
+    const float sum = over_quad(sums[n]);
+    const int rank = (warp / S::kWarpsC * S::kTilesR + n) * 8 + lane / 4;
+    if (lane % 4 == 0 && rank < args.rank) args.dh_parts[band * args.rank + rank] = sum;
   }
+}
+
+// dx = dy + w (dh D) / deviation, less the norm's line in x, of eight neighbours of the chunk.
+template <class T, class TileT, bool kNorm>
+__device__ __forceinline__ void store_dx(const float (&sums)[4][4], int half,
+                                         const Eight<T>& weight, const GradsTiles& tiles,
+                                         const GradsArgs& args, int first_row, int row, int col,
+                                         int unit) {
+  uint4 words = load_shared16(tiles.dy + TileT::offset(row, unit)), x_words;
+  std::uint32_t (&pairs)[4] = reinterpret_cast<std::uint32_t (&)[4]>(words);
+  const std::uint32_t (&x_pairs)[4] = reinterpret_cast<const std::uint32_t (&)[4]>(x_words);
+  float4 line;
+  if constexpr (kNorm) {
+    line = load_shared_float4(tiles.lines + row * 16);
+    x_words = load_shared16(tiles.x + TileT::offset(row, unit));
+  }
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const float2 dy = widen_pair<T>(pairs[t]);
+    float low = sums[t][half * 2], high = sums[t][half * 2 + 1];
+    if constexpr (kNorm) {
+      const float2 x = widen_pair<T>(x_pairs[t]);
+      low = low * weight[t].x * line.y - fmaf(line.w, x.x, line.z);
+      high = high * weight[t].y * line.y - fmaf(line.w, x.y, line.z);
+    }
+    pairs[t] = pack_pair<T>(dy.x + low, dy.y + high);
+  }
+  const int at = first_row + row;
+  if (at < args.rows && col < args.cols) {
+    *reinterpret_cast<uint4*>(static_cast<T*>(args.dx) + static_cast<std::int64_t>(at) * args.cols +
+                              col) = words;
+  }
+}
+// Calls visitor(integral_constant) with whether there is a norm.
+template <class Visitor>
+__device__ __forceinline__ void visit_norm(const GradsArgs& args, const Visitor& visitor) {
+  if (args.lines != nullptr) return visitor(std::true_type{});
+  visitor(std::false_type{});
 }
 
 template <class T, int kRank>
@@ -401,13 +427,8 @@ __global__ void __launch_bounds__(kThreads, GradsShape<kRank>::kBlocks)
   for (int step = 0; step < S::kSlab * kRank / 2 / kThreads; ++step) {
     const int i = step * kThreads + static_cast<int>(threadIdx.x);
     const int rank = i / (S::kSlab / 2), j = i % (S::kSlab / 2) * 2;
-    const int at = walk.col + column_of(j);
-    const bool in = at < args.cols && rank < args.rank;
-    const auto* from = static_cast<const T*>(args.down) +
-                       (in ? static_cast<std::int64_t>(rank) * args.cols + at : 0);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                     factor + TileD::offset(rank, j / 8) + j % 8 * 2),
-                 "l"(from), "r"(in ? 4 : 0));
+    copy_pair<T>(factor + TileD::offset(rank, j / 8) + j % 8 * 2, rank, walk.col + column_of(j),
+                 args);
   }
   using LoadT = Loader<S::kRows, S::kSlab / 8, kThreads>;
   using LoadV = Loader<S::kRows, kRank / 8, kThreads>;
@@ -428,7 +449,6 @@ __global__ void __launch_bounds__(kThreads, GradsShape<kRank>::kBlocks)
   };
   const auto issue = [&] {
     if (issued < walk.chunks) {
-      const int row = walk.first_row + issued * S::kRows;
       const GradsTiles to = tiles_of(ring.fill());
       load_dy.load(to.dy);
       load_dy.next_rows();
@@ -438,11 +458,7 @@ __global__ void __launch_bounds__(kThreads, GradsShape<kRank>::kBlocks)
       load_dh.next_rows();
       if (args.up_parts != nullptr) load_a.load(to.active);
       load_a.next_rows();
-      if (args.lines != nullptr && threadIdx.x < S::kRows) {
-        const int at = row + static_cast<int>(threadIdx.x);
-        copy16(to.lines + threadIdx.x * 16,
-               args.lines + (at < args.rows ? std::int64_t{at} * 4 : 0), at < args.rows ? 16 : 0);
-      }
+      copy_lines<S::kRows>(to.lines, walk.first_row + issued * S::kRows, args);
       ++issued;
     }
     commit();
@@ -464,7 +480,15 @@ __global__ void __launch_bounds__(kThreads, GradsShape<kRank>::kBlocks)
     if (args.dx != nullptr) {
       float sums[S::kTilesM][4][4] = {};
       multiply_chunk<T, S, TileV, TileD, true>(sums, tiles.dh, factor);
-      store_dx<T, S>(sums, weight, tiles, args, walk.first_row + chunk * S::kRows, col, unit);
+      visit_norm(args, [&](auto norm) {
+#pragma unroll
+        for (int i = 0; i < S::kTilesM * 2; ++i) {
+          const int row = warp % S::kGroupsM * S::kTilesM * 16 + i * 8 + lane / 4;
+          store_dx<T, TileT, decltype(norm)::value>(sums[i / 2], i % 2, weight, tiles, args,
+                                                    walk.first_row + chunk * S::kRows, row, col,
+                                                    unit);
+        }
+      });
     }
     if (wants_up) add_grads<T, S, false>(grads, tiles, args, first_slab);
     if (wants_down) add_grads<T, S, true>(grads, tiles, args, first_slab);
@@ -472,7 +496,8 @@ __global__ void __launch_bounds__(kThreads, GradsShape<kRank>::kBlocks)
   const int band = static_cast<int>(blockIdx.x) / args.cut.slabs;
   store_products<S>(args.down_parts, grads.down, band, walk.col, args);
   store_products<S>(args.up_parts, grads.up, band, walk.col, args);
-  store_sums(grads, band, walk.col, args);
+  store_dy_sums<S>(grads.dy, band, walk.col, args);
+  store_dh_sums<S>(grads.dh, band, walk.col, args);
 }
 
 }  // namespace pyfast::adapter

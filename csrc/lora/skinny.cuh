@@ -96,7 +96,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)
 // of one column of units lie in eight different groups of banks.
 template <int kTileRows, int kUnits>
 struct Tile {
-  static constexpr int kBytes = kTileRows * kUnits * 16;
+  static constexpr int kRowBytes = kUnits * 16, kBytes = kTileRows * kRowBytes;
   static constexpr int kPerLine = kUnits >= 8 ? 1 : 8 / kUnits;  // rows in 128 bytes
   static constexpr int kMask = kUnits >= 8 ? 7 : kUnits - 1;
   static __device__ __forceinline__ std::uint32_t offset(int row, int unit) {

@@ -3,7 +3,7 @@
 csrc/adapter/adapter.h and scale.h say what they compute.
 
 One call into C++ a direction. Of many rows and more than `FUSED_RANKS` ranks torch makes dU = dy^T act(h):
-its kernels read dy at the speed of memory, ours would be bound by shared memory.
+our kernels have no registers left for it beside D's gradient, and would read dy once more for it, too.
 """
 
 from __future__ import annotations

@@ -32,6 +32,15 @@ SHAPES = [
     (1100, 520, 256),
     (8191, 1024, 64),
     (257, 16384, 40),
+    # above 64 ranks Hopper has kernels of its own: edges of their tiles, clusters of 1 to 8
+    (1, 72, 72),
+    (127, 8, 96),
+    (129, 4104, 136),
+    (128, 200, 256),
+    (1023, 4104, 200),
+    (2500, 320, 128),
+    (8200, 264, 72),
+    (17000, 64, 256),
 ]
 CUDA = [
     ("adapter_bottleneck", "adapter_bottleneck_cuda"),
