@@ -103,24 +103,35 @@ PYFAST_INLINE PYFAST_HOST_DEVICE void compare_four(std::uint32_t& keep, const Ma
   }
 }
 
-// Bit i is set where column kMaskColumns * group + i of the row is kept.
-PYFAST_INLINE PYFAST_HOST_DEVICE std::uint32_t keep_word(const MaskSeed& seed, std::uint32_t row,
-                                                         std::uint32_t group,
-                                                         const MaskLevel& level) {
-  std::uint32_t keep = level.begin;
-  if ((level.bits & 0xFFU) != 0) {
+// One of the kMaskSteps steps that draw a word of the mask, in which bit i is set where column
+// kMaskColumns * group + i of the row is kept; `keep` goes from step to step.
+inline constexpr std::uint32_t kMaskSteps = 2;
+PYFAST_INLINE PYFAST_HOST_DEVICE void keep_step(std::uint32_t& keep, const MaskSeed& seed,
+                                                std::uint32_t row, std::uint32_t group,
+                                                const MaskLevel& level, std::uint32_t step) {
+  if (step == 0) {
+    keep = level.begin;
+    if ((level.bits & 0xFFU) != 0) {
 #ifdef __CUDA_ARCH__
 #pragma unroll 1  // the rare case, and the GEMMs have no registers to spare
 #endif
-    for (std::uint32_t call = 0; call < 2; ++call) {
-      compare_four(keep, seed, row, group, call,
-                   {level.zeros(4 * call), level.zeros(4 * call + 1), level.zeros(4 * call + 2),
-                    level.zeros(4 * call + 3)});
+      for (std::uint32_t call = 0; call < 2; ++call) {
+        compare_four(keep, seed, row, group, call,
+                     {level.zeros(4 * call), level.zeros(4 * call + 1), level.zeros(4 * call + 2),
+                      level.zeros(4 * call + 3)});
+      }
     }
   }
-  const auto& high = level.high_zeros;
-  compare_four(keep, seed, row, group, 2, {high[0], high[1], high[2], high[3]});
-  compare_four(keep, seed, row, group, 3, {high[4], high[5], high[6], high[7]});
+  const std::uint32_t* high = level.high_zeros + 4 * step;
+  compare_four(keep, seed, row, group, 2 + step, {high[0], high[1], high[2], high[3]});
+}
+
+PYFAST_INLINE PYFAST_HOST_DEVICE std::uint32_t keep_word(const MaskSeed& seed, std::uint32_t row,
+                                                         std::uint32_t group,
+                                                         const MaskLevel& level) {
+  std::uint32_t keep = 0;
+  keep_step(keep, seed, row, group, level, 0);
+  keep_step(keep, seed, row, group, level, 1);
   return keep;
 }
 

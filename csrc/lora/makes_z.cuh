@@ -131,16 +131,25 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
     const auto work = scheduler.get_current_work();
     const Walk walk(params, work.N_idx);
     const int group = thread / kNarrowThreads;  // of the two consumers
+    const auto tile_of_k = [&](int tile) {
+      const int at = walk.begin + tile;
+      return at < params.main_tiles ? at : at - params.main_tiles;
+    };
 
-    // The mask is drawn while products run.
+    // The mask is drawn while products run: that of the tile of dx, or the lane's word of that for
+    // the next tile of x.
     std::uint32_t* mask = mask_of(turn, storage);
     int draws = 0;
+    std::uint32_t keep = 0;
+    MaskWord word;
     const auto draw = [&]() __attribute__((always_inline)) {
       if constexpr (kDrop == Drop::kInDx) {
         if (draws == kMaskDraws) return;
-        draw_two_words(mask, MaskSeed(params.mask.seed), params.level, work.M_idx * kTileM,
-                       work.N_idx * kMaskRowWords, draws, thread);
+        draw_step(mask, keep, MaskSeed(params.mask.seed), params.level, work.M_idx * kTileM,
+                  work.N_idx * kMaskRowWords, draws, thread);
         ++draws;
+      } else if constexpr (kDrop == Drop::kInX) {
+        if (!word.drawn()) word.step(MaskSeed(params.mask.seed), params.level);
       }
     };
     const auto plain = [&](int tiles) __attribute__((always_inline)) {
@@ -162,8 +171,16 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
     if (walk.first > 0) {
       CUTLASS_PRAGMA_NO_UNROLL
       for (int part = 0; walk.first + part * kStride <= walk.last; ++part) {
-        plain(walk.first + part * kStride - tile);
+        const int ahead = walk.first + part * kStride - tile;
         tile = walk.first + part * kStride;
+        if constexpr (kDrop == Drop::kInX) {
+          word = word_of_quad(work.M_idx * kTileM + thread / 32 * 16 + thread % 32 / 4,
+                              tile_of_k(tile) * (kTileK / kMaskColumns));
+        }
+        plain(ahead);
+        if constexpr (kDrop == Drop::kInX) {
+          while (!word.drawn()) draw();
+        }
         bool with_db = false;
         if constexpr (kSide) with_db = params.db != nullptr && part % 2 == group;
         if (with_db) {
@@ -174,19 +191,15 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
             multiply(_0{}, false_type{}, none);
             finish(_1{});
             narrow_fence(db);
-            const int at = walk.begin + tile;
+            store_side(params.db, params, work.M_idx, params.main_tiles, tile_of_k(tile), db,
+                       thread);
             ++tile;
-            store_side(params.db, params, work.M_idx, params.main_tiles,
-                       at < params.main_tiles ? at : at - params.main_tiles, db, thread);
           }
         } else if constexpr (kDrop == Drop::kInX) {
           const int stage = state.index();
-          int at = walk.begin + tile;
-          if (at >= params.main_tiles) at -= params.main_tiles;
           multiply(_0{}, false_type{}, none);
           finish(_1{});
-          add_kept_x(params, storage.smem_A.data() + stage * kBox, work.M_idx, at, z, thread,
-                     storage);
+          add_kept_x(storage.smem_A.data() + stage * kBox, word.keep, z, thread, storage);
         } else {
           if (params.r <= kFewRanks) {
             multiply(Int<kFewRanks>{}, false_type{}, none);
@@ -243,11 +256,11 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
                  row < params.rows_at_once);
   }
 
-  // Starts z += D(x) Q^T for a tile of K: x from shared memory by way of registers.
+  // Starts z += D(x) Q^T for a tile of K: x from shared memory by way of registers; `drawn` is the
+  // lane's word of the mask.
   template <class Sums>
-  CUTLASS_DEVICE static void add_kept_x(const Params& params, const ElementA* tile, int row, int at,
-                                        Sums& z, int thread, TensorStorage& storage) {
-    const MaskSeed seed(params.mask.seed);
+  CUTLASS_DEVICE static void add_kept_x(const ElementA* tile, std::uint32_t drawn, Sums& z,
+                                        int thread, TensorStorage& storage) {
     const int lane = thread % 32, warp_row = thread / 32 * 16;
     std::uint32_t x[kTileK / 16][4];
     CUTLASS_PRAGMA_UNROLL
@@ -260,8 +273,7 @@ struct MakesZ : MakingOperands<Base, kRank, kDrop> {
                    : "memory");
     }
     std::uint32_t words[4];
-    draw_words(seed, params.level, row * kTileM + warp_row + lane / 4, at * (kTileK / kMaskColumns),
-               words);
+    trade_words(drawn, words);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < 16; ++i) {
       const std::uint32_t word = words[i / 4];

@@ -13,14 +13,29 @@
 
 namespace pyfast::lora {
 
-// The words of the mask that a quad of lanes shares in an operand or a result of wgmma: words[i] is
-// of row + i % 2 * 8 and of columns group + i / 2. Each lane draws one of them, and they trade. Of
-// every eight columns a lane has two, the first 2 (lane % 4).
-CUTLASS_DEVICE void draw_words(const MaskSeed& seed, const MaskLevel& level, int row, int group,
-                               std::uint32_t (&words)[4]) {
+// A word of the mask that is drawn step by step between products: beside wgmma the integer units
+// are slow, and what takes longer than a product leaves the tensor cores idle.
+struct MaskWord {
+  std::uint32_t row = 0, group = 0, keep = 0, steps = kMaskSteps;
+
+  MaskWord() = default;  // nothing is left to draw
+  CUTLASS_DEVICE MaskWord(int row, int group)
+      : row(static_cast<std::uint32_t>(row)), group(static_cast<std::uint32_t>(group)), steps(0) {}
+  CUTLASS_DEVICE bool drawn() const { return steps == kMaskSteps; }
+  CUTLASS_DEVICE void step(const MaskSeed& seed, const MaskLevel& level) {
+    keep_step(keep, seed, row, group, level, steps++);
+  }
+};
+
+// Of the four words that a quad of lanes shares in an operand or a result of wgmma, of rows row and
+// row + 8 and of columns group and group + 1, each lane draws one, and they trade: words[i] is of
+// row + i % 2 * 8 and of columns group + i / 2. Of every eight columns a lane has two, the first
+// 2 (lane % 4).
+CUTLASS_DEVICE MaskWord word_of_quad(int row, int group) {
   const int quad = static_cast<int>(threadIdx.x) % 4;
-  const std::uint32_t drawn = keep_word(seed, static_cast<std::uint32_t>(row + quad % 2 * 8),
-                                        static_cast<std::uint32_t>(group + quad / 2), level);
+  return {row + quad % 2 * 8, group + quad / 2};
+}
+CUTLASS_DEVICE void trade_words(std::uint32_t drawn, std::uint32_t (&words)[4]) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(0xFFFFFFFF, drawn, i, 4);
 }
@@ -37,17 +52,16 @@ CUTLASS_DEVICE std::uint32_t kept_halves(std::uint32_t even, std::uint32_t odd, 
 constexpr int kMaskRowWords = 256 / kMaskColumns, kMaskTileWords = 128 * kMaskRowWords;
 constexpr int kMaskTileBytes = kMaskTileWords * 4;
 
-// 256 threads draw it, each two words at a time, whose calls of Philox have the row's part in
-// common; the tile is complete after kMaskDraws draws.
-constexpr int kMaskDraws = kMaskTileWords / (2 * 256);
-CUTLASS_DEVICE void draw_two_words(std::uint32_t* words, const MaskSeed& seed,
-                                   const MaskLevel& level, int row, int group, int draw,
-                                   int thread) {
-  const auto at = 2 * static_cast<std::uint32_t>(draw * 256 + thread);
-  const std::uint32_t its_row = static_cast<std::uint32_t>(row) + at / kMaskRowWords;
-  const std::uint32_t its_group = static_cast<std::uint32_t>(group) + at % kMaskRowWords;
-  *reinterpret_cast<uint2*>(words + at) = make_uint2(
-      keep_word(seed, its_row, its_group, level), keep_word(seed, its_row, its_group + 1, level));
+// 256 threads draw it; the tile is complete after kMaskDraws draws, kMaskSteps for a word.
+constexpr int kMaskDraws = static_cast<int>(kMaskSteps) * kMaskTileWords / 256;
+CUTLASS_DEVICE void draw_step(std::uint32_t* words, std::uint32_t& keep, const MaskSeed& seed,
+                              const MaskLevel& level, int row, int group, int draw, int thread) {
+  constexpr int kSteps = static_cast<int>(kMaskSteps);
+  const int at = draw / kSteps * 256 + thread;
+  keep_step(keep, seed, static_cast<std::uint32_t>(row + at / kMaskRowWords),
+            static_cast<std::uint32_t>(group + at % kMaskRowWords), level,
+            static_cast<std::uint32_t>(draw % kSteps));
+  if (draw % kSteps == kSteps - 1) words[at] = keep;
 }
 
 // Clears what is dropped in a box of 128 rows x 64 columns of two bytes, swizzled by TMA over 128

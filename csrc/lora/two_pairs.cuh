@@ -284,7 +284,9 @@ struct MaskedTwoPairs : TwoPairs<Base> {
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kTileN / kMaskColumns; first += 2) {
       std::uint32_t words[4];
-      draw_words(seed, params.level, row, group + first, words);
+      MaskWord word = word_of_quad(row, group + first);
+      while (!word.drawn()) word.step(seed, params.level);
+      trade_words(word.keep, words);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < 16; ++i) {
         const std::uint32_t bits = words[i / 4] >> thread % 4 * 2 >> i % 4 * 8;
