@@ -110,6 +110,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "glm4": {"model_type": "glm4", **_LLAMA, "head_dim": 16},
     "phi3": {"model_type": "phi3", **_LLAMA},
     "phi3-mha": {"model_type": "phi3", **_LLAMA, "num_key_value_heads": 4, "sliding_window": 8},
+    "olmo2": {"model_type": "olmo2", **_LLAMA},
+    "olmo2-mha": {"model_type": "olmo2", **_LLAMA, "num_key_value_heads": 4},
+    "olmo2-biases-tied": {"model_type": "olmo2", **_LLAMA, **_TIED, "attention_bias": True},
 }
 """Name to the values of its transformers config."""
 

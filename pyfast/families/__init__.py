@@ -21,6 +21,7 @@ from pyfast.families.gpt_neox import GPT_NEOX, GPTJ
 from pyfast.families.llama import LLAMA
 from pyfast.families.mistral import MISTRAL, MIXTRAL
 from pyfast.families.nemotron import NEMOTRON
+from pyfast.families.olmo2 import OLMO2
 from pyfast.families.phi3 import PHI3
 from pyfast.families.qwen import QWEN2, QWEN3
 from pyfast.families.recurrent_gemma import RECURRENT_GEMMA
@@ -48,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     GLM4,
     PHI3,
+    OLMO2,
 )
 
 

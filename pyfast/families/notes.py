@@ -69,5 +69,6 @@ NOTES: Mapping[str, tuple[str, ...]] = {
         _GATE_UP,
         _NO_PEFT_DEFAULT,
     ),
+    "OLMo 2": (_BEFORE_NORMS, _NO_PEFT_DEFAULT),
 }
 """Family's name to sentences."""

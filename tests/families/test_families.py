@@ -88,7 +88,7 @@ def test_mixers_and_mlps_hold_the_linears_and_give_the_layers_output(name):
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_default_targets_are_those_of_peft_where_it_has_them(kind):
     family = family_of(kind)
-    without = {"nemotron", "glm", "glm4", "starcoder2", "recurrent_gemma", "phi3"}
+    without = {"nemotron", "glm", "glm4", "starcoder2", "recurrent_gemma", "phi3", "olmo2"}
     assert (kind not in PEFT_TARGETS) == (kind in without)
     if kind not in without:
         assert list(family.lora_targets) == PEFT_TARGETS[kind]
