@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import pickle
+import shlex
 import shutil
 import sys
 import tempfile
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import pyfast
+from pyfast.cli.adapters import adapter_config, check_merges
 from pyfast.cli.dense import is_quantized, load_dense, read_tensors
 from pyfast.cli.nemo import write_as_nemo, write_as_peft
 from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
@@ -29,6 +30,7 @@ from pyfast.integrations.nemo_lora import NemoLora
 from pyfast.methods.base import adapted_modules
 from pyfast.nn import NF4Tensor
 from pyfast.train.checkpoint import honour_umask
+from pyfast.train.command import program
 from pyfast.train.config import RunOptions
 from pyfast.train.default_model import HUB_ID, default_model_dir, has_default_model
 from pyfast.train.metrics import say
@@ -125,6 +127,7 @@ def merge(
     """
     with _new_directory(output) as directory:
         base = _base(model, adapter)
+        check_merges(adapter)
         rounded = is_quantized(base)
         quant = {"blocksize": blocksize, "nested": nested} if nf4 and not rounded else None
         network, tokenizer = load_dense(base, torch.float32, quant)
@@ -134,7 +137,8 @@ def merge(
         pyfast.unload(network)
         _save_dense(network, tokenizer, directory, _DTYPES[dtype])
     say(
-        f"Merged {adapter} into {output} ({dtype}). Try: pyfast generate --model {output} --prompt '...'"
+        f"Merged {adapter} into {output} ({dtype}). "
+        f"Try: {program()} generate --model {shlex.quote(output)} --prompt '...'"
     )
 
 
@@ -154,7 +158,8 @@ def quantize(model: str, output: str, blocksize: int = 64, nested: bool = True) 
         )
         if getattr(network.config, "quantization_config", None) is not None:
             raise ConfigError(
-                f"'{model}' is quantised already. Fix: pyfast convert it to a dense one first."
+                f"'{model}' is quantised already. Fix: make it dense first: {program()} convert --source "
+                f"{shlex.quote(model)} --output DENSE"
             )
         packed = [module for module in network.modules() if isinstance(module, NF4Tensor)]
         count = sum(math.prod(module.shape) - module.weight.numel() for module in packed)
@@ -209,7 +214,7 @@ def convert(
             f"--form {form} is for an adapter in PEFT's form, which '{source}' is not."
         )
     if nemo and model is None:
-        raise ConfigError(f"'{source}' does not name its base model. Fix: --model DIR.")
+        raise ConfigError(f"'{source}' does not name its base model. Fix: --model DIR")
     with _new_directory(output) as directory:
         if nemo:
             made = _nemo_adapter(path, trust_pickle)
@@ -309,19 +314,9 @@ def _base(model: str | None, adapter: str | None) -> str:
         return model_source(model)
     if adapter is None:
         return model_source("default")
-    file = Path(adapter) / "adapter_config.json"
-    if not file.is_file():
-        inner = Path(adapter) / "adapter"
-        fix = f" Fix: --adapter {inner}" if (inner / file.name).is_file() else ""
-        raise ConfigError(
-            f"'{adapter}' is not an adapter directory: it has no adapter_config.json.{fix}"
-        )
-    try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"'{file}' cannot be read: {error}.") from error
+    name = adapter_config(adapter).get("base_model_name_or_path")
     if not name:
-        raise ConfigError(f"'{file}' does not name its base model. Fix: --model DIR.")
+        raise ConfigError(f"'{adapter}' does not name its base model. Fix: --model DIR")
     if name == HUB_ID and has_default_model():
         sys.stderr.write(f"Base: the default model (--model {HUB_ID} takes the hub's).\n")
         return str(default_model_dir())

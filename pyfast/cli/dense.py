@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pyfast.errors import ConfigError
 from pyfast.integrations.bitsandbytes import METHOD
 from pyfast.nn.nf4 import STATE_KEY, unpack_state
+from pyfast.train.command import program
 from pyfast.train.pretrained import check_whole, load_pretrained, telling_what_cannot_be_read
 
 
@@ -57,7 +58,7 @@ def load_dense(
         if getattr(network.config, "quantization_config", None) is not None:
             raise ConfigError(
                 f"'{source}' is quantised, and only a directory can be made dense. "
-                "Fix: download it, and pyfast convert --source DIR."
+                f"Fix: download it, and {program()} convert --source DIR --output DENSE"
             )
         return network, tokenizer
     if quantization.get("quant_method") == METHOD:

@@ -62,6 +62,11 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     """
     refuse_peft(model, "save_adapter")
     model = unwrapped(model)
+    if not adapted_modules(model):
+        raise AdapterStateError(
+            f"save_adapter: {type(model).__name__} has no adapter. Nothing was written. Fix: pyfast.apply "
+            "one first, or for a model that is trained whole (SFTConfig) model.save_pretrained(directory)"
+        )
     config = known_adapter(model, adapter_name)
     method = METHODS[type(config)]
     check_adapter_name(adapter_name)

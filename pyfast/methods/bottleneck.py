@@ -154,6 +154,7 @@ def _blocks(model: nn.Module, config: BottleneckConfig, allow_unmatched: bool) -
     if config.target_modules is None:
         layers = list(layers_of(model))
         if not layers:
+            _hidden_size(getattr(model, "config", None), model)  # asks for both that are missing
             automatic(model)  # says why there is no table
         for layer in layers:
             paths = layer.mlps()
@@ -204,7 +205,8 @@ def _hidden_size(config: Any, model: nn.Module) -> int:
     if not isinstance(size, int):
         raise UnsupportedError(
             f"Adapters: {type(model).__name__} has no config with a hidden_size, which says how wide its "
-            "blocks are. Nothing was changed"
+            "blocks are. Nothing was changed. Fix: a model.config with it, and target_modules that name "
+            "blocks where the model has none of known names"
         )
     return size
 

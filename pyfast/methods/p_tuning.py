@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyfast.errors import AdapterStateError, ConfigError, UnsupportedError
 from pyfast.methods.base import Method, Plan, refuse_meta, register_method
-from pyfast.nn.prompt import PromptEncoder, VirtualTokens
+from pyfast.nn.prompt import PromptEncoder, VirtualTokens, position_rows
 
 _KINDS = ("MLP", "LSTM", "NEMO")
 _NEMO_HIDDEN = 1024
@@ -144,6 +144,13 @@ class PromptEncoderMethod(Method):
         table = _word_embeddings(model)
         width, rows = table.shape[1], config.num_virtual_tokens
         config.check(width)
+        room = position_rows(model)
+        if room is not None and rows >= room:
+            raise ConfigError(
+                f"PromptEncoderConfig: num_virtual_tokens={rows} leaves no position for an input, as "
+                f"{type(model).__name__} has {room}. Nothing was changed. Fix: fewer, for example "
+                f"num_virtual_tokens={room // 2}"
+            )
         if hasattr(VirtualTokens(), adapter_name):
             raise AdapterStateError(
                 f"adapter name {adapter_name!r} is taken by an attribute of the module that holds prompt "

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyfast.errors import UnsupportedError
-from pyfast.nn.prompt_input import embedded, extended, flat_mask, go_on, packed, put_in
+from pyfast.nn.prompt_input import (
+    check_positions,
+    embedded,
+    extended,
+    flat_mask,
+    go_on,
+    packed,
+    put_in,
+    tokens_given,
+)
 from pyfast.nn.switchable import Attachment
 
 _EMBEDDINGS = "prompt_embeddings"
@@ -124,10 +133,13 @@ class VirtualTokens(Attachment):
         """Those that have as many more in front of the decoder's input."""
         self.names: tuple[str, ...] = ()
         self.two_parts = False
+        self.rows: int | None = None
+        """Of the model's learned table of positions, if it has one."""
 
     def hook(self, owner: nn.Module) -> list[RemovableHandle]:
         self.names = tuple(inspect.signature(owner.forward).parameters)
         self.two_parts = bool(getattr(getattr(owner, "config", None), "is_encoder_decoder", False))
+        self.rows = position_rows(owner)
         handles = [
             owner.register_forward_pre_hook(_before, with_kwargs=True),
             owner.register_forward_hook(_after, with_kwargs=True),
@@ -244,8 +256,11 @@ class VirtualTokens(Attachment):
                 "P-tuning: a static cache has no room for virtual tokens; use cache_implementation='dynamic'"
             )
         past = 0 if cache is None else int(cache.get_seq_length())
+        virtual = self.length(part)
+        own = tokens_given(given) + (past - virtual if past else 0)
+        check_positions(module, given, own, virtual, self.rows)
         if past:
-            go_on(given, past, self.length(part))
+            go_on(given, past, virtual)
         else:
             put_in(given, embedded(module, given), self.prompt(part))
 
@@ -255,9 +270,10 @@ class VirtualTokens(Attachment):
         """An encoder's arguments with virtual tokens; its mask may have them already."""
         if not self.length(0):
             return None
-        prompt = self.prompt(0)
         names = inspect.signature(encoder.forward).parameters
         given = dict(zip(names, args, strict=False)) | kwargs
+        check_positions(encoder, given, tokens_given(given), self.length(0), self.rows)
+        prompt = self.prompt(0)
         embeds, mask = embedded(encoder, given), flat_mask(given)
         put_in(given, embeds, prompt)
         if mask is not None and mask.shape[1] == embeds.shape[1] + len(prompt):
@@ -298,3 +314,22 @@ class VirtualTokens(Attachment):
             if getattr(output, name, None) is not None:
                 setattr(output, name, tokens(getattr(output, name)))
         return output
+
+
+def position_rows(model: nn.Module) -> int | None:
+    """Length of a model's learned table of positions; None where it has none."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    get = getattr(model, "get_input_embeddings", None)
+    words = get() if callable(get) else None
+    # A prompt's own table may happen to be as long.
+    prompts = (part for part in model.modules() if isinstance(part, VirtualTokens))
+    passed = {words, *(module for prompt in prompts for module in prompt.modules())}
+    sizes = [
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module not in passed
+    ]
+    # Some tables have up to two rows before that of the first position.
+    if positions and any(positions <= size <= positions + 2 for size in sizes):
+        return int(positions)
+    return None

@@ -21,6 +21,39 @@ def embedded(model: nn.Module, given: dict[str, Any]) -> Tensor:
     return embeds  # type: ignore[no-any-return]
 
 
+def tokens_given(given: dict[str, Any]) -> int:
+    """T, the tokens in a row of what is given."""
+    ids = given.get("input_ids")
+    return int((given["inputs_embeds"] if ids is None else ids).shape[1])
+
+
+def check_positions(
+    model: nn.Module, given: dict[str, Any], own: int, virtual: int, rows: int | None
+) -> None:
+    """Refuse more tokens than a learned table of positions has rows.
+
+    Args:
+        model: What is called.
+        given: Its arguments, without virtual tokens. Positions that are given say what is needed: padding has
+            none of its own, and packed samples share theirs.
+        own: The caller's tokens in a row, with those in a cache.
+        virtual: Virtual tokens.
+        rows: Of the table; None where there is none.
+
+    Raises:
+        UnsupportedError: They are too many.
+    """
+    if rows is None or own + virtual <= rows:
+        return
+    if (positions := given.get("position_ids")) is not None:
+        own = int(positions.max()) + 1
+    if own + virtual > rows:
+        raise UnsupportedError(
+            f"P-tuning: {own} tokens and {virtual} virtual ones in front of them are {own + virtual}, but "
+            f"{type(model).__name__} has {rows} positions. Fix: at most {max(0, rows - virtual)} tokens"
+        )
+
+
 def flat_mask(given: dict[str, Any]) -> Tensor | None:
     """The mask [B, T] that is given, or None.
 

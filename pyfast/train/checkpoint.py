@@ -256,7 +256,7 @@ def load(directory: Path) -> Checkpoint:
         found = _names(directory)
         if not found:
             raise ResumeError(
-                f"'{directory}' holds no checkpoint to resume from. Fix: resume=false."
+                f"'{directory}' holds no checkpoint to resume from. Fix: --resume false"
             )
         raise CheckpointCorruptError(
             f"'{directory / _LATEST}' does not name a checkpoint. Found: {', '.join(found)}. "

@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from pyfast.errors import ConfigError
-from pyfast.methods.pissa import is_pissa
 
 
 @dataclass
@@ -89,7 +85,7 @@ class DatasetOptions:
     """How the records are read, cut and split.
 
     Attributes:
-        eval_data: Held-out JSONL file; without it a part of `data` is held out.
+        eval_data: Held-out file, as `data`; without it a part of `data` is held out.
         eval_fraction: Share of the records to hold out when `eval_data` is not given; 0 holds out none.
         split_by: Records with the same prompt, or (default) the same prompt or answer, stay on one
             side of the split.
@@ -168,11 +164,11 @@ class RunOptions:
         save_every: Steps between checkpoints; 0 saves at the end only.
         keep_last: Checkpoints kept.
         log_every: Steps between lines where there is no terminal.
-        samples: Held-out questions answered before and after training.
+        samples: Held-out questions answered before and after training; of a chat, its last answer.
         predict_with_generate: Answer held-out records at each evaluation, greedily, and count the answers
             that are the expected ones up to case, punctuation and articles (SQuAD's exact match).
         max_predict_samples: Records that are answered so.
-        max_new_tokens: Length at which such an answer is cut.
+        max_new_tokens: Length at which such an answer is cut, and one of `samples`.
     """
 
     epochs: float = 2.0
@@ -195,7 +191,7 @@ class RunOptions:
 
 @dataclass
 class FinetuneConfig:
-    """A fine-tuning run.
+    """A fine-tuning run; what is set and not for its method is an error.
 
     Attributes:
         model: "default" (SmolLM2-135M-Instruct), a model directory, or a name on the Hugging Face hub.
@@ -203,7 +199,8 @@ class FinetuneConfig:
             activations), "p-tuning" (virtual tokens) or "adapters" (small networks behind attention and MLP).
         data: "default", or JSONL of {"input", "output"}, {"prompt", "completion"}, {"messages"},
             {"conversations"} (NeMo's with "system" and "mask", or ShareGPT's) or {"instruction", "input",
-            "output"} records: a file, or a list as '[a.jsonl, b.jsonl]'.
+            "output"} records: a file, or a list as '[a.jsonl, b.jsonl]'. A .json
+            file may be one array of them.
         output_dir: Where everything is written; by default a new directory under outputs/.
         resume: Go on from the newest checkpoint in `output_dir`.
     """
@@ -238,126 +235,6 @@ class FinetuneConfig:
 
 
 _RATES = {"sft": 2e-5, "ia3": 3e-3, "p-tuning": 1e-3}
-
-# field: (lowest value, lowest is allowed, highest value, highest is allowed)
-_RANGES: dict[str, tuple[float, bool, float, bool]] = {
-    "adapter.r": (1, True, math.inf, False),
-    "adapter.alpha": (0, False, math.inf, False),
-    "adapter.dropout": (0, True, 1, False),
-    "prompt.tokens": (1, True, math.inf, False),
-    "prompt.hidden": (1, True, math.inf, False),
-    "bottleneck.size": (1, True, math.inf, False),
-    "dataset.eval_fraction": (0, True, 1, False),
-    "dataset.max_length": (2, True, math.inf, False),
-    "dataset.max_bad_fraction": (0, True, 1, True),
-    "optimizer.lr": (0, False, math.inf, False),
-    "optimizer.weight_decay": (0, True, math.inf, False),
-    "optimizer.eps": (0, False, math.inf, False),
-    "optimizer.max_grad_norm": (0, True, math.inf, False),
-    "optimizer.loraplus_lr_ratio": (0, False, math.inf, False),
-    "schedule.warmup_fraction": (0, True, 1, True),
-    "schedule.min_ratio": (0, True, 1, True),
-    "run.epochs": (0, False, math.inf, False),
-    "run.steps": (1, True, math.inf, False),
-    "run.batch_size": (1, True, math.inf, False),
-    "run.accumulation": (1, True, math.inf, False),
-    "run.seed": (0, True, 2**63, False),
-    "run.eval_every": (0, True, math.inf, False),
-    "run.save_every": (0, True, math.inf, False),
-    "run.keep_last": (1, True, math.inf, False),
-    "run.log_every": (1, True, math.inf, False),
-    "run.samples": (0, True, math.inf, False),
-    "run.max_predict_samples": (1, True, math.inf, False),
-    "run.max_new_tokens": (1, True, math.inf, False),
-}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("lora", "qlora", "sft", "ia3", "p-tuning", "adapters"),
-    "prompt.encoder": ("mlp", "lstm", "nemo"),
-    "bottleneck.placement": ("houlsby", "pfeiffer"),
-    "bottleneck.activation": ("silu", "gelu", "relu"),
-    "dataset.split_by": ("prompt_and_answer", "prompt"),
-    "dataset.on_bad_record": ("raise", "skip"),
-    "optimizer.name": ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
-    "schedule.kind": ("cosine", "linear", "constant"),
-    "run.dtype": ("auto", "bf16", "fp32"),
-}
-
-
-def _get(config: FinetuneConfig, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _check_given(part: Any, path: str = "") -> None:
-    """Refuse None, YAML's null, where a value is needed."""
-    for field_ in dataclasses.fields(part):
-        value, name = getattr(part, field_.name), path + field_.name
-        if dataclasses.is_dataclass(value):
-            _check_given(value, f"{name}.")
-        elif value is None and field_.default is not None:
-            raise ConfigError(f"{name} is null. Fix: leave it out for {field_.default!r}.")
-
-
-def validate(config: FinetuneConfig) -> None:
-    """Check every value of a configuration before anything is loaded.
-
-    Raises:
-        ConfigError: A value is out of its range, or two values do not go together.
-    """
-    _check_given(config)
-    for path, choices in _CHOICES.items():
-        if (value := _get(config, path)) not in choices:
-            raise ConfigError(f"{path} is {value!r}. Fix: one of {', '.join(choices)}.")
-    for path, (low, low_in, high, high_in) in _RANGES.items():
-        value = _get(config, path)
-        if value is None:  # not given: the default is chosen elsewhere
-            continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (
-            number
-            and (value >= low if low_in else value > low)
-            and (value <= high if high_in else value < high)
-        ):
-            bound = f"{'at least' if low_in else 'more than'} {low:g}"
-            if math.isfinite(high):
-                bound += f" and {'at most' if high_in else 'less than'} {high:g}"
-            raise ConfigError(f"{path} is {value!r}; it must be a number of {bound}.")
-    for beta in config.optimizer.betas:
-        if not 0 <= beta < 1:
-            raise ConfigError(
-                f"optimizer.betas is {config.optimizer.betas}; both must be in [0, 1)."
-            )
-    _check_adapter(config)
-    if config.data == []:
-        raise ConfigError(
-            "data is an empty list. Fix: data=train.jsonl, or leave it out for the default."
-        )
-    if config.resume and config.output_dir is None:
-        raise ConfigError(
-            "resume needs the directory of the run to go on with. Fix: --output_dir DIR."
-        )
-
-
-def _check_adapter(config: FinetuneConfig) -> None:
-    """Refuse what is not for the method of the run."""
-    init, ratio = config.adapter.init, config.optimizer.loraplus_lr_ratio
-    pissa = is_pissa(init)
-    if not pissa and init not in ("kaiming", "gaussian"):
-        raise ConfigError(
-            f"adapter.init is {init!r}. Fix: one of kaiming, gaussian, pissa, pissa_niter_16."
-        )
-    if pissa and config.method == "qlora":
-        raise ConfigError(
-            f"adapter.init is {init!r}, which turns base weights into residuals, but qlora rounds them to "
-            "NF4 first. Fix: --method lora, or --adapter.init kaiming"
-        )
-    if ratio is not None and config.method not in ("lora", "qlora"):
-        raise ConfigError(
-            f"optimizer.loraplus_lr_ratio is {ratio!r}, which is for lora and qlora, but the method is "
-            f"{config.method}. Fix: leave it out."
-        )
 
 
 def in_full(name: str) -> str:

@@ -125,10 +125,12 @@ def load_data(config: FinetuneConfig, tokenizer: Any, encoder_decoder: bool = Fa
             read_records([options.eval_data], options).records, train, options.split_by
         )
         if not held:
+            shared, way_out = "prompt", ""
+            if options.split_by == "prompt_and_answer":
+                shared, way_out = "prompt or answer", ", or --dataset.split_by prompt"
             raise DataError(
-                f"every record of dataset.eval_data '{options.eval_data}' has a prompt or answer that is "
-                "also trained on, so its loss would say nothing. "
-                "Fix: other records, or dataset.split_by=prompt."
+                f"every record of dataset.eval_data '{options.eval_data}' has a {shared} that is "
+                f"also trained on, so its loss would say nothing. Fix: other records{way_out}"
             )
     else:
         train, held = split_records(
@@ -166,8 +168,8 @@ def tokenize(records: list[Record], tokenizer: Any, max_length: int) -> Examples
         raise EmptyTargetError(
             f"{examples.dropped:,} of {len(records):,} records have no answer token within "
             f"max_length={max_length} (shortest prompt: {shortest_prompt} tokens), so the loss would be 0/0. "
-            f"First: {records[0].file} line {records[0].line:,}. "
-            f"Fix: dataset.max_length above {shortest_prompt}."
+            f"First: {records[0].place}. "
+            f"Fix: --dataset.max_length above {shortest_prompt}"
         )
     return examples
 
@@ -187,7 +189,7 @@ def tokenize_apart(records: list[Record], tokenizer: Any, max_length: int) -> Ex
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         source = tokenizer(text, add_special_tokens=special)["input_ids"] or end
         target = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *end]
-        if not source or not target:
+        if not source or not answer.strip():
             examples.dropped += 1
             continue
         examples.truncated += max(len(source), len(target)) > max_length
@@ -204,7 +206,7 @@ def _apart(record: Record, tokenizer: Any) -> tuple[str, str]:
     """What an encoder reads of a record, and its last answer."""
     if "assistant" not in record.learned:
         raise DataError(
-            f"{record.file} line {record.line:,}: an encoder-decoder learns the last answer, which the "
+            f"{record.place}: an encoder-decoder learns the last answer, which the "
             "record's mask leaves out. Fix: mask 'User', or a decoder model."
         )
     last = max(index for index, (role, _) in enumerate(record.turns) if role == "assistant")
@@ -228,7 +230,7 @@ def _template_of(record: Record) -> Iterator[None]:
         yield
     except Exception as error:  # a template is a program of the model's author: anything may come
         raise DataError(
-            f"{record.file} line {record.line:,}: the tokenizer's chat template refuses the record "
+            f"{record.place}: the tokenizer's chat template refuses the record "
             f"({type(error).__name__}: {error})."
         ) from error
 

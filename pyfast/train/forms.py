@@ -25,6 +25,8 @@ _SPEAKERS = {
     "function": "tool",
     "observation": "tool",
 }
+# NeMo's "type" of a chat whose turns may have labels: ahead of their text, or behind it.
+_LABELLED = ("VALUE_TO_TEXT", "TEXT_TO_VALUE")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Record:
         turns: The pairs.
         is_pair: A bare prompt and completion, which may be joined without a chat template.
         file: Where it was read.
-        line: There, from 1.
+        line: There, from 1; in a file that is one array of records, the record's number.
         learned: The roles whose turns are learned.
+        unit: "line" or "record": what `line` counts.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -44,11 +47,17 @@ class Record:
     file: str
     line: int
     learned: tuple[str, ...] = ("assistant",)
+    unit: str = "line"
 
     @classmethod
     def pair(cls, prompt: str, completion: str, file: str, line: int) -> Record:
         """A record of one question and its answer."""
         return cls((("user", prompt), ("assistant", completion)), True, file, line)
+
+    @property
+    def place(self) -> str:
+        """Where it was read, in words."""
+        return f"{self.file} {self.unit} {self.line:,}"
 
     @property
     def prompt(self) -> str:
@@ -118,6 +127,16 @@ class _Line:
                 )
             yield where, turn
 
+    def has_answer(self, record: Record, name: str) -> Record:
+        """The record, if a turn that is learned has text; `name` is the field that holds them."""
+        for index, (role, text) in enumerate(record.turns):
+            # Nothing comes before the first turn that could be asked.
+            if role in record.learned and (index > 0 or role != "assistant") and text.strip():
+                return record
+        raise BadRecord(
+            self.column(name), f"field '{name}' has no answer text, so nothing to learn."
+        )
+
     def talk(self, name: str, turns: list[tuple[str, str]], learned: tuple[str, ...]) -> Record:
         """The record of the turns in a field."""
         if "assistant" not in [role for role, _ in turns][1:]:
@@ -125,13 +144,15 @@ class _Line:
                 self.column(name),
                 f"field '{name}' has no assistant turn after another turn, so nothing to learn.",
             )
-        return Record(tuple(turns), False, self.file, self.number, learned)
+        record = Record(tuple(turns), False, self.file, self.number, learned)
+        return self.has_answer(record, name)
 
 
 def _pair(prompt: str, completion: str) -> Callable[[_Line], Record]:
     def read(line: _Line) -> Record:
         question, answer = (line.string(line.value, name, name) for name in (prompt, completion))
-        return Record.pair(question, answer, line.file, line.number)
+        record = Record.pair(question, answer, line.file, line.number)
+        return line.has_answer(record, completion)
 
     return read
 
@@ -154,20 +175,27 @@ def _alpaca(line: _Line) -> Record:
     instruction, answer = (line.string(line.value, x, x) for x in ("instruction", "output"))
     question = "\n\n".join(text for text in (instruction, line.optional("input")) if text)
     turns = (("user", question), ("assistant", answer))
-    return Record(turns, False, line.file, line.number)
+    return line.has_answer(Record(turns, False, line.file, line.number), "output")
 
 
 def _conversations(line: _Line) -> Record:
     """NeMo's chats, and ShareGPT's, which have turns alone."""
-    if (kind := line.value.get("type")) is not None:
+    kind = line.value.get("type")
+    if kind not in (None, *_LABELLED):
         raise BadRecord(
             line.column("type"),
-            f"field 'type' is {kind!r}; labelled turns are not read, only those without (null).",
+            f"field 'type' is {kind!r}; it must be null or one of {', '.join(_LABELLED)}.",
         )
     turns = [("system", system)] if (system := line.optional("system")) else []
     for where, turn in line.objects("conversations"):
         role = _speaker(turn.get("from"), line.column("conversations"), f"{where}.from")
         turns.append((role, line.string(turn, "value", f"{where}.value")))
+        # NeMo puts a label's text beside the turn's; where it is null a turn is as without a type.
+        if kind is not None and (label := turn.get("label")) is not None:
+            raise BadRecord(
+                line.column("conversations"),
+                f"field '{where}.label' is {label!r} under type {kind!r}; turns with a label are not read.",
+            )
     if line.value.get("mask") is None:
         return line.talk("conversations", turns, ("assistant",))
     return line.talk("conversations", turns, _unmasked(line, {role for role, _ in turns}))
@@ -191,6 +219,8 @@ def _speaker(name: object, column: int, where: str) -> str:
         raise BadRecord(column, f"field '{where}' is {name!r}; it must be one of {known}.")
     return role
 
+
+_ARRAY = "a file that is one array of records is read where its name ends in .json"
 
 # name: (fields that make it whole, reader)
 _FORMS: dict[str, tuple[tuple[str, ...], Callable[[_Line], Record]]] = {
@@ -232,6 +262,14 @@ def parse(raw: bytes, form: str | None, file: str, number: int) -> tuple[str, Re
         whole.remove("input/output")  # "input" is a field of Alpaca's own
     if len(whole) > 1:
         raise BadRecord(1, f"the record holds {' and '.join(whole)}; one form is read.")
+    if form is not None and form not in whole:
+        other = whole[0] if whole else _form(value, form)
+        if other != form:
+            raise BadRecord(
+                1,
+                f"the file's first record has the form {form}, this one looks like {other}; "
+                "a file has one form, and several files are read with --data '[a.jsonl, b.jsonl]'.",
+            )
     form = form or _form(value)
     return form, _FORMS[form][1](_Line(value, text, file, number))
 
@@ -247,7 +285,10 @@ def _load(raw: bytes) -> tuple[str, dict[str, Any]]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 20) : error.pos + 20]
-        raise BadRecord(error.pos + 1, f"invalid JSON ({error.msg}): ...{near!r}...") from None
+        array = f" ({_ARRAY})" if text.lstrip().startswith("[") else ""
+        raise BadRecord(
+            error.pos + 1, f"invalid JSON ({error.msg}): ...{near!r}...{array}"
+        ) from None
     except ValueError:  # Python reads an integer of at most so many digits
         limit = sys.get_int_max_str_digits()
         found = re.search(rf"\d{{{limit + 1},}}", text)
@@ -256,14 +297,18 @@ def _load(raw: bytes) -> tuple[str, dict[str, Any]]:
     except RecursionError:
         raise BadRecord(1, "JSON is nested too deeply.") from None
     if not isinstance(value, dict):
-        raise BadRecord(1, f"a record must be a JSON object, this is {_kind(value)}.")
+        array = f"; {_ARRAY}" if isinstance(value, list) else ""
+        raise BadRecord(1, f"a record must be a JSON object, this is {_kind(value)}{array}.")
     return text, value
 
 
-def _form(value: dict[str, Any]) -> str:
-    for form, names in _MARKS.items():
-        if any(name in value for name in names):
-            return form
+def _form(value: dict[str, Any], expected: str | None = None) -> str:
+    """The form that the fields show, `expected` where they show it too or show none."""
+    marked = [form for form, names in _MARKS.items() if any(name in value for name in names)]
+    if expected in marked or (expected and not marked):
+        return expected
+    if marked:
+        return marked[0]
     raise BadRecord(
         1,
         f"fields {sorted(value)} are none of prompt/completion, input/output, instruction/output, "

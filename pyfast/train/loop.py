@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pyfast.errors import EmptyTargetError, NoGradientError, NonFiniteError
 from pyfast.train import checkpoint as ckpt
 from pyfast.train.checkpoint import Checkpoint, Progress
-from pyfast.train.config import FinetuneConfig, ScheduleOptions, validate
+from pyfast.train.config import FinetuneConfig, ScheduleOptions
 from pyfast.train.data import IGNORED, Batch, Data, Example, collate, load_data, step_indices
 from pyfast.train.exact_match import chosen, exact_match
 from pyfast.train.metrics import Metrics, say
@@ -44,6 +44,7 @@ from pyfast.train.run import (
     writing,
 )
 from pyfast.train.samples import Samples
+from pyfast.train.validate import validate
 
 
 def finetune(config: FinetuneConfig) -> Result:
@@ -93,7 +94,7 @@ def _train(trainer: Trainer) -> Result:
     """Make the steps that are left, and close the run."""
     config, output, progress = trainer.config, trainer.output, trainer.progress
     model, tokenizer = trainer.model, trainer.tokenizer
-    samples = Samples(config.run.samples, trainer.data, output)
+    samples = Samples(config, trainer.data, output)
     with (
         Metrics(output, trainer.total, progress.step, config.run.log_every) as metrics,
         StopSignals() as stop,
@@ -311,6 +312,6 @@ class Trainer:
         latest = ckpt.read_latest(self.output / "checkpoints")
         return NonFiniteError(
             f"step {self.progress.step + 1}: {what}; {place}. Weights and optimiser are as after step "
-            f"{self.progress.step}; last checkpoint: {latest or 'none'}. Fix: a lower optimizer.lr "
-            f"(now {rate:.3g}), or run.dtype=fp32."
+            f"{self.progress.step}; last checkpoint: {latest or 'none'}. Fix: a lower --optimizer.lr "
+            f"(now {rate:.3g}), or --run.dtype fp32"
         )

@@ -13,7 +13,7 @@ import torch
 
 import pyfast
 from pyfast.errors import ConfigError, NoGradientError
-from pyfast.nn.prompt import VirtualTokens
+from pyfast.nn.prompt import VirtualTokens, position_rows
 from pyfast.train.checkpoint import honour_umask
 from pyfast.train.config import FinetuneConfig, RunOptions, in_full
 from pyfast.train.data import Data
@@ -48,7 +48,7 @@ def choose_place(options: RunOptions) -> Place:
         torch.zeros(1, device=device).item()  # "meta" exists, but nothing can be read from it
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"run.device is {name!r}: {reason}. Fix: run.device=auto.") from error
+        raise ConfigError(f"run.device is {name!r}: {reason}. Fix: --run.device auto") from error
     if options.dtype != "auto":
         dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
         return Place(device, dtype, "as asked")
@@ -81,6 +81,7 @@ def prepare_model(
     source = str(weights) if weights else model_source(config.model)
     nf4 = asdict(config.quant) if config.method == "qlora" else None
     model, tokenizer = load_pretrained(source, dtype, place.device, nf4)
+    _check_prompt(config, model)
     pyfast.apply(model, method_config(config, model.config.is_encoder_decoder))
     if config.run.activation_checkpointing:
         # The reentrant form gives frozen inputs no gradient, so an adapter would not train.
@@ -131,18 +132,20 @@ def method_config(config: FinetuneConfig, encoder_decoder: bool = False) -> Any:
 def learned_positions(model: Any) -> int | None:
     """Length of a learned table of positions that is left for an input, beside virtual tokens; None where
     there is no such table."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    sizes = [
-        module.num_embeddings
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding) and module is not words
-    ]
-    # Some tables have up to two rows before that of the first position.
-    if positions and any(positions <= size <= positions + 2 for size in sizes):
-        prompts = (module for module in model.modules() if isinstance(module, VirtualTokens))
-        return int(positions) - sum(module.length(0) for module in prompts)
-    return None
+    rows = position_rows(model)
+    return None if rows is None else rows - _virtual_tokens(model)
+
+
+def _virtual_tokens(model: Any) -> int:
+    """Virtual tokens in front of an input."""
+    return sum(module.length(0) for module in model.modules() if isinstance(module, VirtualTokens))
+
+
+def _positions_in_words(model: Any) -> str:
+    """How many positions a model has, and the prompt's share of them."""
+    text = f"{type(model).__name__} has {position_rows(model)} positions"
+    virtual = _virtual_tokens(model)
+    return f"{text}, of which the virtual tokens take {virtual}" if virtual else text
 
 
 def check_vocabulary(model: Any, tokenizer: Any, largest: int) -> None:
@@ -172,8 +175,32 @@ def check_data(model: Any, tokenizer: Any, data: Data) -> None:
     length, positions = max(len(longest.tokens), len(longest.source)), learned_positions(model)
     if positions is not None and length > positions:
         raise ConfigError(
-            f"{longest.record.file} line {longest.record.line:,} has {length} tokens, but "
-            f"{type(model).__name__} has {positions} positions. Fix: --dataset.max_length {positions}"
+            f"{longest.record.place} has {length} tokens, but {_positions_in_words(model)}. "
+            f"Fix: {_fix_of_length(positions, _virtual_tokens(model))}"
+        )
+
+
+def _fix_of_length(left: int, virtual: int) -> str:
+    """Flags with which records go beside the virtual tokens."""
+    if left >= 2:
+        return f"--dataset.max_length {left}" + (
+            ", or a smaller --prompt.tokens" if virtual else ""
+        )
+    half = (left + virtual) // 2
+    return f"--prompt.tokens {half} --dataset.max_length {left + virtual - half}"
+
+
+def _check_prompt(config: FinetuneConfig, model: Any) -> None:
+    """Refuse virtual tokens that leave no position for a record, by the name they have on the command line.
+
+    Raises:
+        ConfigError: They are as many as the model has positions, or more.
+    """
+    rows = position_rows(model)
+    if config.method == "p-tuning" and rows is not None and config.prompt.tokens >= rows:
+        raise ConfigError(
+            f"prompt.tokens is {config.prompt.tokens}, but {type(model).__name__} has {rows} positions, for "
+            f"the prompt and a record together. Fix: {_fix_of_length(0, rows)}"
         )
 
 
@@ -188,7 +215,7 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
         total = sum(1 for _ in model.parameters())
         raise NoGradientError(
             f"0 of {total} parameters of {type(model).__name__} are trainable, so there is nothing to learn. "
-            "Fix: method=lora, or load the adapter with trainable=True."
+            "Fix: --method lora, or load the adapter with trainable=True."
         )
     return parameters
 
@@ -205,7 +232,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
     """The model's greedy answer to a prompt, through the chat template where there is one."""
     return greedy(model, tokenizer, _prompt(model, tokenizer, prompt), max_new_tokens)
 
@@ -245,7 +272,7 @@ def stream_answer(
             room = positions + 1 - length
             raise ConfigError(
                 f"the prompt has {length} tokens and max_new_tokens is {max_new_tokens}, but "
-                f"{type(model).__name__} has {positions} positions. Fix: "
+                f"{_positions_in_words(model)}. Fix: "
                 f"{f'--max_new_tokens {room}' if room > 0 else 'a shorter prompt'}."
             )
         model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import json
 import lzma
+import math
 import random
 import re
 import shutil
@@ -14,7 +16,7 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +50,7 @@ def normalized(text: str) -> str:
 
 
 def read_records(files: list[str], options: DatasetOptions) -> Reading:
-    """Read JSONL files of records in one of the forms of `pyfast.train.forms`.
+    """Read files of records in one of the forms of `pyfast.train.forms`: JSONL, or a .json of one array.
 
     The form is found from the first good record of each file; empty lines are passed over.
 
@@ -69,15 +71,17 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
             there = "is no regular file" if Path(file).exists() else "does not exist"
             raise ConfigError(f"data file '{file}' {there}. Fix: the path of a JSONL file.")
         form: str | None = None
-        for line, raw in _lines(file):
+        unit = "record" if _is_array(file) else "line"
+        for line, raw in _elements(file) if unit == "record" else _lines(file):
             total += 1
             try:
                 form, record = parse(raw, form, file, line)
             except BadRecord as bad:
-                message = f"{file} line {line:,}, column {bad.column}: {bad}"
+                column = "character" if unit == "record" else "column"
+                message = f"{file} {unit} {line:,}, {column} {bad.column}: {bad}"
                 if options.on_bad_record == "raise":
                     raise DataError(
-                        f"{message} Fix the line, or dataset.on_bad_record=skip."
+                        f"{message} Fix the {unit}, or --dataset.on_bad_record skip"
                     ) from None
                 reading.skipped.append(message)
                 continue
@@ -86,40 +90,111 @@ def read_records(files: list[str], options: DatasetOptions) -> Reading:
                 reading.duplicates += 1
                 continue
             seen.add(content)
-            reading.records.append(record)
-    if len(reading.skipped) > options.max_bad_fraction * total:
+            reading.records.append(replace(record, unit=unit))
+    bad_count = len(reading.skipped)
+    if bad_count > options.max_bad_fraction * total:
+        enough = math.ceil(1000 * bad_count / total) / 1000
         raise DataError(
-            f"{len(reading.skipped):,} of {total:,} records are bad, more than "
-            f"dataset.max_bad_fraction={options.max_bad_fraction:g} allows. First: {reading.skipped[0]}"
+            f"{bad_count:,} of {total:,} records are bad, more than "
+            f"dataset.max_bad_fraction={options.max_bad_fraction:g} allows. First: {reading.skipped[0]} "
+            f"Fix them, or --dataset.max_bad_fraction {enough:g}"
         )
     if not reading.records:
-        raise DataError(f"no record was found in {', '.join(files)}.")
+        raise DataError(
+            f"no record was found in {', '.join(files)}. Fix: a file with one JSON object a line, such as "
+            '{"prompt": "2 + 2 =", "completion": " 4"}'
+        )
     return reading
+
+
+def _is_array(file: str) -> bool:
+    """Whether a file is a .json, perhaps packed, that begins as an array."""
+    path = Path(file)
+    if (path.with_suffix("") if path.suffix in _UNPACK else path).suffix != ".json":
+        return False
+    with _readable(file), _plain_name(file) as plain, Path(plain).open("rb") as stream:
+        start = stream.read(64).removeprefix(b"\xef\xbb\xbf")
+        while start and not start.strip():
+            start = stream.read(64)
+        return start.lstrip().startswith(b"[")
+
+
+def _elements(file: str) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each element of the array that a file is.
+
+    Raises:
+        DataError: It is no whole array; what comes behind the damage cannot be found again.
+    """
+    # As latin-1 each byte is a character, so that bad UTF-8 is told with the record that has it; so are
+    # integers that are too large.
+    decoder = json.JSONDecoder(parse_int=str)
+    with _readable(file), _plain_name(file) as path:
+        text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("latin-1")
+    number, position = 0, text.index("[") + 1
+
+    def skip_space(position: int) -> int:
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        return position
+
+    try:
+        position = skip_space(position)
+        while text[position : position + 1] != "]":
+            _, end = decoder.raw_decode(text, position)
+            number += 1
+            yield number, text[position:end].encode("latin-1")
+            position = skip_space(end)
+            if text[position : position + 1] != "]":
+                if text[position : position + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+                position = skip_space(position + 1)
+        if (position := skip_space(position + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, position)
+    except (json.JSONDecodeError, RecursionError) as error:
+        what, where = "JSON is nested too deeply", position
+        if isinstance(error, json.JSONDecodeError):
+            what, where = f"invalid JSON ({error.msg})", error.pos
+        line = text.count("\n", 0, where) + 1
+        column = where - text.rfind("\n", 0, where)
+        raise DataError(
+            f"{file} line {line:,}, column {column:,}, after {number:,} whole records of the array: "
+            f"{what}. Fix: write the array again, as a whole."
+        ) from None
 
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of each line that is not empty."""
     from datasets import load_dataset  # type: ignore[import-untyped]
 
+    # latin-1 maps every byte to one character, so that a bad UTF-8 sequence is found in its own
+    # line and not reported for a whole block of the file.
     number = 0
+    with _readable(file, lambda: number), _plain_name(file) as path:
+        lines = load_dataset(
+            "text", data_files=[path], split="train", streaming=True, encoding="latin-1"
+        )
+        for number, row in enumerate(lines, start=1):
+            raw = row["text"].encode("latin-1")
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.strip():
+                yield number, raw
+
+
+@contextlib.contextmanager
+def _readable(file: str, done: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Tell in a sentence that a file is not what its ending says, and behind which line.
+
+    Raises:
+        DataError: It is not.
+    """
     try:
-        # latin-1 maps every byte to one character, so that a bad UTF-8 sequence is found in its own
-        # line and not reported for a whole block of the file.
-        with _plain_name(file) as path:
-            lines = load_dataset(
-                "text", data_files=[path], split="train", streaming=True, encoding="latin-1"
-            )
-            for number, row in enumerate(lines, start=1):
-                raw = row["text"].encode("latin-1")
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if raw.strip():
-                    yield number, raw
+        yield
     except Exception as error:  # each compression library has errors of its own
         ending = Path(file).suffix
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise DataError(
-            f"{file} line {number + 1:,}: from about here on the file cannot be read as its ending "
+            f"{file} line {done() + 1:,}: from about here on the file cannot be read as its ending "
             f"'{ending}' says ({type(error).__name__}: {reason}). "
             "Fix: write the file again, plain as .jsonl or whole as .gz, .bz2, .xz or .zip."
         ) from error
@@ -184,12 +259,12 @@ def split_records(
             held.update(group)
     if not held:
         largest = max(len(group) for group in groups)
-        fix = "dataset.eval_fraction=0"
+        fix = "--dataset.eval_fraction 0"
         if split_by == "prompt_and_answer":
-            fix = f"dataset.split_by=prompt (answers that are labels repeat by nature), or {fix}"
+            fix = f"--dataset.split_by prompt (answers that are labels repeat by nature), or {fix}"
         raise ConfigError(
             f"cannot hold out {wanted} of {len(records)} records: {largest} of them hang together by shared "
-            f"prompts or answers, and a group must stay on one side. Fix: {fix}, or dataset.eval_data."
+            f"prompts or answers, and a group must stay on one side. Fix: {fix}, or --dataset.eval_data FILE"
         )
     train = [record for index, record in enumerate(records) if index not in held]
     return train, [records[index] for index in sorted(held)]

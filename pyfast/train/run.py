@@ -29,6 +29,7 @@ from pyfast.train import checkpoint as ckpt
 from pyfast.train import default_data
 from pyfast.train.attention import attention_in_words
 from pyfast.train.checkpoint import Checkpoint, Progress
+from pyfast.train.command import program
 from pyfast.train.config import FinetuneConfig, to_dict
 from pyfast.train.data import Data
 from pyfast.train.default_model import NAME
@@ -279,7 +280,7 @@ class StopSignals:
 
 def resume_command(output: Path) -> str:
     """The command that goes on with a stopped run."""
-    return f"pyfast finetune --config {shlex.quote(str(output / 'config.yaml'))} --resume true"
+    return f"{program()} finetune --config {shlex.quote(str(output / 'config.yaml'))} --resume true"
 
 
 def check_length(checkpoint: Checkpoint, config: FinetuneConfig, model: Any) -> None:
@@ -299,10 +300,12 @@ def check_length(checkpoint: Checkpoint, config: FinetuneConfig, model: Any) -> 
     if before == now or saved["method"] != config.method:
         return  # another method is refused with the other settings; how to train on would be its own
     if config.method == "sft":
-        onward = f"pyfast finetune --model {checkpoint.path / 'model'}"
+        onward = f"{program()} finetune --model {checkpoint.path / 'model'}"
     else:
         flags = _weights_flags(config, model, checkpoint.path / "adapter")
-        onward = f"pyfast merge {flags} --output MERGED, then pyfast finetune --model MERGED"
+        onward = (
+            f"{program()} merge {flags} --output MERGED, then {program()} finetune --model MERGED"
+        )
     if config.method in _UNMERGED:
         onward = f"pyfast.load_adapter(model, {str(checkpoint.path / 'adapter')!r}, trainable=True)"
     raise ResumeError(
@@ -372,8 +375,8 @@ def finish(
         f"{kind.capitalize()}:  {weights}\nLoss curve: {curve}\nTensorBoard: tensorboard --logdir {output}"
     )
     flags = _weights_flags(config, model, weights)
-    say(f"\nAsk it:    pyfast generate {flags} --prompt '...'")
+    say(f"\nAsk it:    {program()} generate {flags} --prompt '...'")
     if kind == "adapter" and config.method not in _UNMERGED:
         merged = shlex.quote(str(output / "merged"))
-        say(f"Merge it:  pyfast merge {flags} --output {merged}")
+        say(f"Merge it:  {program()} merge {flags} --output {merged}")
     return result

@@ -65,7 +65,10 @@ def test_values_that_are_none_of_the_allowed(
     ("flags", "text"),
     [
         (["--method", "qlora", "--adapter.init", "pissa"], "qlora rounds them to NF4 first"),
-        (["--method", "ia3", "--optimizer.loraplus_lr_ratio", "4"], "is for lora and qlora"),
+        (
+            ["--method", "ia3", "--adapter.r", "16", "--optimizer.loraplus_lr_ratio", "4"],
+            "is for lora and qlora",
+        ),
         (["--optimizer.name", "paged_adamw_8bit"], "--optimizer.name adamw_8bit"),
     ],
 )

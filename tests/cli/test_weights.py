@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pyfast
+from pyfast.train.command import program
 from tests.cli.conftest import SMALL, Run
 from tests.integrations.checkpoints import assert_equal_files, dense_counts
 from tests.models import gpt2, logits
@@ -42,7 +43,7 @@ def test_merge_gives_a_model_that_transformers_loads(
         "merge", "--adapter", adapter, "--output", tmp_path / "m", "--dtype", "fp32"
     )
     assert status == 0
-    assert f"pyfast generate --model {tmp_path / 'm'}" in out
+    assert f"{program()} generate --model {tmp_path / 'm'}" in out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert merged.dtype == torch.float32
     torch.testing.assert_close(

@@ -283,6 +283,8 @@ def test_refusals_change_nothing(options, error, text):
 
 def test_a_model_that_says_no_hidden_size():
     model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(UnsupportedError, match=r"hidden_size, .* and target_modules"):
+        pyfast.apply(nn.Linear(4, 4), BottleneckConfig())
     with pytest.raises(UnsupportedError, match="no config with a hidden_size"):
         pyfast.apply(model, BottleneckConfig(target_modules=["0"]))
 

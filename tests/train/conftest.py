@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from pyfast.train import FinetuneConfig
 from pyfast.train.config import AdapterOptions, DatasetOptions, RunOptions
 from pyfast.train.loop import Trainer, finetune
+from pyfast.train.validate import METHODS
 from tests.models import llama
 
 TEMPLATE = (
@@ -76,7 +77,10 @@ MakeConfig = Callable[..., FinetuneConfig]
 
 @pytest.fixture
 def make_config(tiny_model: Path, data_file: Path, tmp_path: Path) -> MakeConfig:
-    """A quick run on the tiny model; keyword arguments go to `run`, or replace whole fields."""
+    """A quick run on the tiny model; keyword arguments go to `run`, or replace whole fields.
+
+    Parts that are of other methods stay as they are by default.
+    """
 
     def make(**changes: Any) -> FinetuneConfig:
         fields: dict[str, Any] = {
@@ -90,6 +94,9 @@ def make_config(tiny_model: Path, data_file: Path, tmp_path: Path) -> MakeConfig
         run |= {"device": "cpu", "samples": 0, "eval_every": 0, "save_every": 0}
         for name, value in changes.items():
             (fields if name in FinetuneConfig.__dataclass_fields__ else run)[name] = value
+        for part, methods in METHODS.items():
+            if fields.get("method", "lora") not in methods:
+                fields.pop(part, None)
         return FinetuneConfig(**fields, run=RunOptions(**run))
 
     return make

@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pyfast.cli import main
 from pyfast.errors import DataError, EmptyTargetError
+from pyfast.train.config import DatasetOptions
 from pyfast.train.data import (
     IGNORED,
     Examples,
@@ -185,7 +186,7 @@ def test_prompt_and_answer_of_an_encoder_decoder(byte_tokenizer: Make) -> None:
         Record.pair("what?", "it", "f", 1),
         Record((("user", "q"), ("assistant", "x")), False, "f", 2),
         Record(chat, False, "f", 3),
-        Record.pair("", "", "f", 4),
+        Record.pair("", "y", "f", 4),
     ]
     plain, template = byte_tokenizer(None), byte_tokenizer()
     items = tokenize_apart(records, plain, 512).items
@@ -195,7 +196,7 @@ def test_prompt_and_answer_of_an_encoder_decoder(byte_tokenizer: Make) -> None:
         "system: S\nuser: a\nassistant: b\nuser: c",
         "<|end|>",
     ]
-    answers = ["it<|end|>", "x<|end|>", "d<|end|>", "<|end|>"]
+    answers = ["it<|end|>", "x<|end|>", "d<|end|>", "y<|end|>"]
     assert [plain.decode(item.tokens) for item in items] == answers
     assert all(item.learned.all() for item in items)
     item = tokenize_apart([records[2]], template, 512).items[0]
@@ -260,3 +261,22 @@ def test_loss_of_an_encoder_decoder_is_the_models_own(make_config: Any, tiny_t5:
             total += float(reference(input_ids=ids, labels=labels).loss) * labels.numel()
         count += labels.numel()
     assert found[0][0][0] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("split_by", ["prompt", "prompt_and_answer"])
+def test_evaluation_data_that_are_trained_on_are_told_with_a_fix(
+    make_config: Any, data_file: Path, split_by: Any
+) -> None:
+    """The way to split is named where it is not taken already."""
+    options = DatasetOptions(eval_data=str(data_file), split_by=split_by)
+    with pytest.raises(DataError, match="also trained on") as caught:
+        finetune(make_config(dataset=options))
+    fix = str(caught.value).partition("Fix: ")[2]
+    expected = ", or --dataset.split_by prompt" if split_by == "prompt_and_answer" else ""
+    assert fix == f"other records{expected}"
+
+
+def test_an_empty_last_answer_is_no_target_of_an_encoder_decoder(byte_tokenizer: Make) -> None:
+    turns = (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", " "))
+    found = tokenize_apart([Record(turns, False, "f", 1)], byte_tokenizer(None), 512)
+    assert (len(found), found.dropped) == (0, 1)

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from pyfast.errors import ConfigError
-from pyfast.train.config import AdapterOptions, DatasetOptions, OptimizerOptions, validate
+from pyfast.train.config import AdapterOptions, DatasetOptions, OptimizerOptions
 from pyfast.train.data import tokenize, tokenize_apart
 from pyfast.train.exact_match import chosen, exact_match, normalized, parts
 from pyfast.train.forms import Record
 from pyfast.train.loop import finetune
 from pyfast.train.metrics import read_metrics
 from pyfast.train.pretrained import load_pretrained
+from pyfast.train.validate import validate
 from tests.family_models import variant
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import transformers
 
+import pyfast
 from pyfast.errors import ConfigError
 from pyfast.train import finetune
-from pyfast.train.config import DatasetOptions
+from pyfast.train.config import DatasetOptions, PromptOptions
 from pyfast.train.model import learned_positions, stream_answer
 from tests.models import gpt2, llama
 
@@ -82,3 +83,40 @@ def test_only_learned_positions_are_a_limit() -> None:
     sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.OPTConfig(**sizes, max_position_embeddings=20, word_embed_proj_dim=16)
     assert learned_positions(transformers.OPTForCausalLM(config)) == 20
+
+
+def test_the_prompts_share_of_the_positions_is_named(
+    make_config: Any, byte_tokenizer: Callable[..., Any], long_data: Path, tmp_path: Path
+) -> None:
+    """GPT-2 with 40 positions; the records have up to 48 tokens."""
+    model = save(tmp_path / "gpt2", byte_tokenizer(None))
+    options: dict[str, Any] = {"model": str(model), "data": str(long_data), "steps": 1}
+
+    def told(tokens: int, **changes: Any) -> str:
+        prompt = PromptOptions(tokens=tokens, hidden=8)
+        with pytest.raises(ConfigError) as caught:
+            finetune(make_config(**options, method="p-tuning", prompt=prompt, **changes))
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    text = told(8)
+    assert (
+        "line 20 has 48 tokens, but GPT2LMHeadModel has 40 positions, of which the virtual" in text
+    )
+    assert "tokens take 8. Fix: --dataset.max_length 32, or a smaller --prompt.tokens" in text
+    for text in (told(39), told(40), told(200)):
+        assert text.endswith("Fix: --prompt.tokens 20 --dataset.max_length 20")
+    assert "prompt.tokens is 200, but GPT2LMHeadModel has 40 positions" in text
+    prompt, limit = PromptOptions(tokens=8, hidden=8), DatasetOptions(max_length=32)
+    finetune(make_config(**options, method="p-tuning", prompt=prompt, dataset=limit, samples=2))
+
+
+def test_a_prompt_and_an_answer_beyond_the_positions(
+    byte_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer(None)
+    network = transformers.GPT2LMHeadModel.from_pretrained(save(tmp_path, tokenizer))
+    pyfast.apply(network, pyfast.PromptEncoderConfig(num_virtual_tokens=8, encoder_hidden_size=8))
+    with pytest.raises(ConfigError, match=r"take 8\. Fix: --max_new_tokens 3\."):
+        stream_answer(network, tokenizer, "q" * 30, 12, 0.0)
+    stream_answer(network, tokenizer, "q" * 30, 3, 0.0)

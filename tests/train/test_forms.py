@@ -37,6 +37,14 @@ SHAREGPT = {
         {"from": "gpt", "value": "a"},
     ],
 }
+LABELLED = {
+    "mask": "User",
+    "type": "VALUE_TO_TEXT",
+    "conversations": [
+        {"from": "User", "value": "hi", "label": None},
+        {"from": "Assistant", "value": "hello", "label": "toxicity:0"},
+    ],
+}
 ALPACA = {"instruction": "Add.", "input": "1, 2", "output": "3"}
 
 
@@ -135,7 +143,11 @@ def with_turn(**turn: Any) -> dict[str, Any]:
         (with_turn(**{"from": "human", "value": 3}), "'conversations[0].value' must be text"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "no assistant turn after another"),
         ({**NEMO, "system": 4}, "field 'system' must be text, this is a number"),
-        ({**NEMO, "type": "VALUE_TO_TEXT"}, "field 'type' is 'VALUE_TO_TEXT'; labelled turns"),
+        ({**NEMO, "type": "OTHER"}, "'type' is 'OTHER'; it must be null or one of VALUE_TO_TEXT,"),
+        (
+            LABELLED,
+            "'conversations[1].label' is 'toxicity:0' under type 'VALUE_TO_TEXT'; turns with",
+        ),
         ({**NEMO, "mask": "Alice"}, "field 'mask' is 'Alice'; it must be one of system, user,"),
         ({**NEMO, "mask": ["User", "Assistant"]}, "which leaves no turn to learn"),
         ({"instruction": "i"}, "field 'output' is missing"),
@@ -158,3 +170,64 @@ def test_finetune_reads_them(make_config: Any, tmp_path: Path, row: dict[str, An
     file.write_text(json.dumps(row))
     options = DatasetOptions(eval_fraction=0)
     assert finetune(make_config(data=str(file), steps=2, dataset=options)).steps == 2
+
+
+@pytest.mark.parametrize("kind", ["VALUE_TO_TEXT", "TEXT_TO_VALUE"])
+def test_turns_without_a_label_are_read_whatever_the_type(tmp_path: Path, kind: str) -> None:
+    """As NeMo does: it puts nothing in the place of a label that is null or missing."""
+    missing = [{k: v for k, v in turn.items() if k != "label"} for turn in NEMO["conversations"]]
+    (plain,) = read(tmp_path, NEMO)
+    for row in ({**NEMO, "type": kind}, {**NEMO, "type": kind, "conversations": missing}):
+        (record,) = read(tmp_path, row)
+        assert (record.turns, record.learned) == (plain.turns, plain.learned)
+
+
+EMPTY = [{"from": "User", "value": "q"}, {"from": "Assistant", "value": None}]
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": "p", "completion": None}, "completion"),
+        ({"input": "p", "output": None}, "output"),
+        ({"instruction": "p", "output": None}, "output"),
+        ({"messages": [message("user", "q"), {"role": "assistant", "content": None}]}, "messages"),
+        ({"conversations": EMPTY}, "conversations"),
+        ({"mask": "User", "conversations": EMPTY}, "conversations"),
+    ],
+)
+def test_a_record_without_answer_text_is_bad(
+    tmp_path: Path, row: dict[str, Any], field: str, empty: str
+) -> None:
+    filled = json.loads(json.dumps(row).replace("null", json.dumps(empty)))
+    with pytest.raises(DataError, match=f"line 1, .*'{field}' has no answer text"):
+        read(tmp_path, filled)
+
+
+def test_other_turns_may_be_empty(tmp_path: Path) -> None:
+    turns = [message("system", ""), message("user", "q"), message("assistant", "")]
+    row = {"messages": [*turns, message("user", ""), message("assistant", "a")]}
+    (record,) = read(tmp_path, row)
+    assert record.answer == "\na"
+
+
+def test_two_forms_in_one_file_are_told(tmp_path: Path) -> None:
+    first = {"input": "q", "output": "a"}
+    chat = {"messages": [message("user", "q"), message("assistant", "a")]}
+    cases = [
+        (first, chat, "input/output", "messages"),
+        (chat, first, "messages", "input/output"),
+        (ALPACA, first, "instruction/output", "input/output"),
+        (first, {"prompt": "q"}, "input/output", "prompt/completion"),
+    ]
+    for one, other, form, found in cases:
+        with pytest.raises(DataError, match="line 2, ") as caught:
+            read(tmp_path, one, other)
+        text = f"first record has the form {form}, this one looks like {found};"
+        assert text in str(caught.value)
+        assert "--data '[a.jsonl, b.jsonl]'" in str(caught.value)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from pyfast.train import FinetuneConfig, finetune
 from pyfast.train import checkpoint as ckpt
+from pyfast.train.command import program
 
 # Children are forked from a server that has imported everything, so that a start costs little.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -114,4 +115,4 @@ def test_signal_saves_and_says_how_to_resume(
     assert (
         f"Stopped after step {step} of 100000; saved {output}/checkpoints/step-{step:06d}." in text
     )
-    assert f"  pyfast finetune --config {output}/config.yaml --resume true\n" in text
+    assert f"  {program()} finetune --config {output}/config.yaml --resume true\n" in text

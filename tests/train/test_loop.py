@@ -26,6 +26,7 @@ from pyfast.errors import (
 )
 from pyfast.train import finetune
 from pyfast.train import loop as loop_module
+from pyfast.train.command import program
 from pyfast.train.config import (
     AdapterOptions,
     DatasetOptions,
@@ -195,11 +196,11 @@ def test_run_of_another_length_is_refused_with_the_way_on(
     onward = text.partition("from these weights: ")[2]
     model = str(tmp_path / "merged")
     if method == "sft":
-        model = onward.removeprefix("pyfast finetune --model ")
+        model = onward.removeprefix(f"{program()} finetune --model ")
     else:
         merge = onward.partition(", then")[0].replace("MERGED", model)
-        assert main(shlex.split(merge)[1:]) == 0
-        assert onward.endswith("then pyfast finetune --model MERGED")
+        assert main(shlex.split(merge.removeprefix(f"{program()} "))) == 0
+        assert onward.endswith(f"then {program()} finetune --model MERGED")
     assert finetune(make_config(model=model, output_dir=str(tmp_path / "more"))).steps == 6
     with pytest.raises(ResumeError, match=r"run\.steps 2, this asks for run\.epochs 3;"):
         finetune(replace(config, run=replace(config.run, steps=None, epochs=3)))

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 import pyfast
 from pyfast.errors import ConfigError
-from pyfast.train.config import AdapterOptions, OptimizerOptions, validate
+from pyfast.train.config import AdapterOptions, OptimizerOptions
 from pyfast.train.loop import finetune
 from pyfast.train.model import method_config
 from pyfast.train.optim import make_optimizer
+from pyfast.train.validate import validate
 from tests.models import llama
 
 
