@@ -25,6 +25,7 @@ from pyfast.cli.adapters import adapter_config, check_merges
 from pyfast.cli.dense import is_quantized, load_dense, read_tensors
 from pyfast.cli.nemo import write_as_nemo, write_as_peft
 from pyfast.errors import AdapterMismatchError, ConfigError, NonFiniteError, UnsafeFileError
+from pyfast.integrations.base_weights import NF4Settings, OtherBaseWarning
 from pyfast.integrations.nemo_file import is_nemo, read_archive, read_nemo
 from pyfast.integrations.nemo_lora import NemoLora
 from pyfast.methods.base import adapted_modules
@@ -301,11 +302,22 @@ def _load_adapter(network: torch.nn.Module, adapter: str, rounded: bool = False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pyfast.load_adapter(network, adapter)
-    for text in [str(warning.message) for warning in caught]:
-        if "trained on an NF4 base" not in text:
+    for text in [warning.message for warning in caught]:
+        if not isinstance(text, OtherBaseWarning):
             sys.stderr.write(f"Note: {text}\n")
         elif not rounded:
-            sys.stderr.write(f"Note: {adapter} was trained on an NF4 base. Fix: --nf4 true\n")
+            sys.stderr.write(f"Note: {text.finding}. Fix: {_flags(text.trained)}\n")
+
+
+def _flags(trained: tuple[NF4Settings, ...] | None) -> str:
+    """How to have the base as it was when an adapter was trained."""
+    if trained == ():
+        return "a dense --model without --nf4"
+    if trained is None or len(trained) > 1:
+        return "--nf4 true"
+    (settings,) = trained
+    nested = str(settings.nested).lower()
+    return f"--nf4 true --blocksize {settings.blocksize} --nested {nested}, on a dense base"
 
 
 def _base(model: str | None, adapter: str | None) -> str:

@@ -21,7 +21,7 @@ def write_as_peft(adapter: NemoLora, directory: Path, base: str, stack: bool) ->
     """Write NeMo's adapter in PEFT's form."""
     tensors, fields = from_nemo(adapter, _config(base), stack=stack)
     fields["base_model_name_or_path"] = base
-    write_adapter(directory, tensors, fields, {}, "dense", {})
+    write_adapter(directory, tensors, fields, {}, None, {})
     say(f"Rank {fields['r']}, alpha {fields['lora_alpha']}.")
 
 

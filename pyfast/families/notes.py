@@ -42,6 +42,7 @@ NOTES: Mapping[str, tuple[str, ...]] = {
     "Mixtral": (
         "The experts are 3-D tensors: `quantize` takes them, LoRA adapts them where they are named, and "
         "IA3 scales the inputs of all experts of a layer by one vector. The router stays as it is.",
+        "PEFT passes over IA3's vectors of experts without a word, so that its outputs differ; saving warns.",
         "Adapters of experts in NF4, LoRA's and IA3's, cannot be merged.",
         "PEFT's default targets of LoRA make PEFT itself fail on today's Mixtral.",
     ),

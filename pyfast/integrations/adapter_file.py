@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     fields: dict[str, Any],
     own: dict[str, Any],
-    base_weights: str,
+    base_weights: str | None,
     training: Mapping[str, Tensor],
 ) -> None:
     """Write all files beside their final names and rename them: an interrupted save leaves the old ones,
@@ -73,7 +73,7 @@ def write_adapter(
         directory: created if missing.
         tensors: file keys to tensors.
         fields: the config, without `own`: what PEFT does not know of it.
-        base_weights: format of the weights that the adapter was trained on, "dense" or "nf4".
+        base_weights: on which weights the adapter was trained, see `base_weights`; None if not known.
         training: keys to tensors of the file of what only training needs; empty for no such file.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -89,17 +89,18 @@ def write_adapter(
         "format": "pt",
         _DIGEST: _digest(tensors),
         _CONFIG_DIGEST: _config_digest(json.loads(text) | own),
-        _BASE: base_weights,
-    } | ({_FIELDS: json.dumps(own)} if own else {})
+    }
+    metadata |= {} if base_weights is None else {_BASE: base_weights}
+    metadata |= {_FIELDS: json.dumps(own)} if own else {}
     try:
         with new_settings.open("x") as file:
             file.write(text)
-        save_file(dict(tensors), new_weights, metadata=metadata)
+        _save(tensors, new_weights, metadata)
         # safetensors makes files that only their owner can read.
         new_weights.chmod(new_settings.stat().st_mode)
         if training:
             partner = {"format": "pt", _DIGEST: _digest(training), _PARTNER: _digest(tensors)}
-            save_file(dict(training), new_extra, metadata=partner)
+            _save(training, new_extra, partner)
             new_extra.chmod(new_settings.stat().st_mode)
             new_extra.replace(extra)
         new_weights.replace(weights)
@@ -109,6 +110,19 @@ def write_adapter(
     finally:
         for path in (new_weights, new_settings, new_extra):
             path.unlink(missing_ok=True)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the same bytes for the same contents: the library has the metadata in an
+    order that it draws each time."""
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _config_digest(values: Mapping[str, Any]) -> str:
@@ -217,9 +231,10 @@ def read_tensors(
     base: Mapping[str, Tensor],
     model: str,
     prefix: str,
+    unserved: Callable[[str], str] = lambda key: "",
 ) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of an adapter file, keys without the prefix, and the format of the weights that it was
-    trained on where the file says so.
+    """The tensors of an adapter file, keys without the prefix, and on which weights it was trained where the
+    file says so.
 
     Args:
         directory: holds the file.
@@ -227,6 +242,8 @@ def read_tensors(
         base: the model's own tensors; copies of them in the file are accepted and left out.
         model: its name for messages.
         prefix: what the keys in the file start with.
+        unserved: which of the model's modules a key without the prefix is of, if none of our adapters serves
+            it; else empty.
 
     Raises:
         AdapterMismatchError: damaged, or keys, shapes or dtypes are not those needed.
@@ -244,7 +261,11 @@ def read_tensors(
     where = f"adapter {str(directory)!r} does not fit {model}"
     expected = {prefix + key: shape for key, shape in shapes.items()}
     copies = {prefix + key: tuple(tensor.shape) for key, tensor in base.items()}
-    tensors, metadata = _read_file(path, expected, copies, where)
+
+    def foreign(key: str) -> str:
+        return unserved(key.removeprefix(prefix))
+
+    tensors, metadata = _read_file(path, expected, copies, where, foreign)
     digest = metadata.get(_CONFIG_DIGEST)
     fields = _read_fields(directory / CONFIG_NAME) if digest is not None else {}
     if digest is not None and digest != _config_digest(_own_fields(directory) | fields):
@@ -294,6 +315,7 @@ def _read_file(
     expected: Mapping[str, tuple[int, ...]],
     copies: Mapping[str, tuple[int, ...]],
     where: str,
+    foreign: Callable[[str], str] = lambda key: "",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file, which has the expected keys and shapes and may have the copies', and its
     metadata; its checksum is right if it has one."""
@@ -302,7 +324,7 @@ def _read_file(
             keys = list(file.keys())
             if len(keys) > _MAX_TENSORS:
                 raise UnsafeFileError(f"{path} holds {len(keys)} tensors; not an adapter")
-            _check_header(file, keys, expected, copies, where)
+            _check_header(file, keys, expected, copies, where, foreign)
             tensors = {key: file.get_tensor(key) for key in keys}
             metadata = file.metadata() or {}
     except SafetensorError as error:
@@ -321,10 +343,18 @@ def _check_header(
     expected: Mapping[str, tuple[int, ...]],
     copies: Mapping[str, tuple[int, ...]],
     where: str,
+    foreign: Callable[[str], str],
 ) -> None:
     """Compare keys, shapes and dtypes before a byte of data is read."""
     missing = sorted(expected.keys() - set(keys))
     extra = sorted(set(keys) - expected.keys() - copies.keys())
+    modules = [] if missing else _all_foreign(extra, foreign)
+    if modules:
+        raise AdapterMismatchError(
+            f"{where}: {len(extra)} of its {len(keys)} tensors are of {len(modules)} modules that pyfast has "
+            f"no adapters for (first: {modules[0]}). The adapter was NOT applied. Fix: train it without "
+            "them, with the layers named in target_modules and target_parameters in the place of 'all-linear'"
+        )
     if missing or extra:
         parts = [
             f"{len(names)} {what} (first: {names[0]!r})"
@@ -349,6 +379,12 @@ def _check_header(
                 f"{where}: {key} is {dtype}, not one of {', '.join(_FLOATS)}. "
                 "The adapter was NOT applied"
             )
+
+
+def _all_foreign(keys: list[str], foreign: Callable[[str], str]) -> list[str]:
+    """The modules that keys are of, where `foreign` knows all of them; else none."""
+    found = list(dict.fromkeys(foreign(key) for key in keys))
+    return found if all(found) else []
 
 
 def check_finite(what: str, key: str, tensor: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -20,11 +20,13 @@ from pyfast.integrations.adapter_file import (
     read_training,
     write_adapter,
 )
+from pyfast.integrations.base_weights import check_base, described
 from pyfast.methods.apply import check_adapter_name, commit_plan, prepare
 from pyfast.methods.base import METHODS, adapted_modules, refuse_meta, unwrapped
 from pyfast.methods.of_peft import refuse_peft
 from pyfast.methods.state import adapter_parameters, known_adapter
-from pyfast.nn import AdapterLayer, NF4Tensor, NF4Weight, SavedModule, weight_of
+from pyfast.nn import SavedModule, Switchable, weight_of
+from pyfast.nn.experts import projections
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -47,7 +49,9 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     Files are written beside their final name and renamed, so an interrupted save leaves the old ones. What
     PEFT's file has no place for and training needs, P-tuning's network, goes into
     `adapter_training.safetensors`. Bottleneck adapters, which PEFT has not, are laid out as
-    `pyfast.methods.bottleneck` says.
+    `pyfast.methods.bottleneck` says. The file says on which base weights the adapter was trained, dense or in
+    NF4 of which settings, and has the same bytes each time. A warning names what of it PEFT does not serve:
+    IA3's vectors of experts.
 
     Args:
         model: a model that carries the adapter.
@@ -77,6 +81,14 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
                 "one config; save the parts that it was applied to one by one. Nothing was written"
             )
     _check_vocabulary(model, adapter_name)
+    unread = method.unread_by_peft(model, adapter_name)
+    if unread:
+        warnings.warn(
+            f"adapter {adapter_name!r} has {len(unread)} vectors of experts (first: {unread[0]!r}), which "
+            "PEFT does not serve and leaves out without a word, so that its outputs differ from these; load "
+            "the file with pyfast.load_adapter, or train without them (target_modules=['k_proj', 'v_proj'])",
+            stacklevel=2,
+        )
     tensors = _checked(adapter_name, adapter_state_dict(model, adapter_name))
     training = _checked(adapter_name, method.training_tensors(model, adapter_name))
     fields = method.fields(model, config, adapter_name)
@@ -85,18 +97,8 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
             getattr(model, "config", None), "_name_or_path", None
         )
     fields.update(peft_type=method.peft_type, auto_mapping=None, inference_mode=True)
-    base_weights = "nf4" if _quantized(model) else "dense"
     own = {name: fields.pop(name) for name in method.own_fields if name in fields}
-    write_adapter(Path(directory), tensors, fields, own, base_weights, training)
-
-
-def _quantized(model: nn.Module) -> bool:
-    """Whether some weight of the model is in NF4, or was before adapters were merged into it."""
-    layers = (m for m in adapted_modules(model).values() if isinstance(m, AdapterLayer))
-    return any(layer.quantized for layer in layers) or any(
-        isinstance(module, NF4Tensor) or isinstance(weight_of(module), NF4Weight)
-        for module in model.modules()
-    )
+    write_adapter(Path(directory), tensors, fields, own, described(model), training)
 
 
 def _checked(adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,7 +145,9 @@ def read_adapter(model: nn.Module, directory: Path, adapter_name: str, trainable
     plan, ours = prepare(model, config, adapter_name, True, True)
     refuse_meta("load_adapter", model.named_parameters())
     name, prefix = type(model).__name__, METHODS[type(ours)].key_prefix
-    tensors, base_weights = read_tensors(directory, plan.shapes, _base_tensors(model), name, prefix)
+    tensors, trained_on = read_tensors(
+        directory, plan.shapes, _base_tensors(model), name, prefix, _without_adapters(model)
+    )
     if trainable and plan.training:
         found = read_training(directory, plan.training, name)
         if found is None:
@@ -153,15 +157,32 @@ def read_adapter(model: nn.Module, directory: Path, adapter_name: str, trainable
                 stacklevel=3,
             )
         tensors |= found or {}
-    if base_weights == "nf4" and not _quantized(model):
-        warnings.warn(
-            f"adapter {str(directory)!r} was trained on an NF4 base, but this {name} is dense; call "
-            "pyfast.quantize(model) before load_adapter for the weights it was trained on",
-            stacklevel=3,
-        )
+    other = check_base(repr(str(directory)), trained_on, model)
+    if other is not None:
+        warnings.warn(other, stacklevel=3)
     commit_plan(model, adapter_name, plan, ours, tensors)
     for parameter in adapter_parameters(model, adapter_name).values():
         parameter.requires_grad_(trainable)
+
+
+def _without_adapters(model: nn.Module) -> Callable[[str], str]:
+    """What tells for a file's key the module of the model that it is of, with its class, where that has
+    weights of its own but is none of those that adapters go to, as the routers of mixtures; else nothing."""
+    modules = dict(model.named_modules())
+    depth = 1 + max(path.count(".") for path in modules)
+
+    def named(key: str) -> str:
+        parts = key.split(".", depth)[:depth]
+        paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        path = next((path for path in paths if path in modules), "")
+        module = modules[path]
+        served = weight_of(module) is not None or isinstance(module, (Switchable, nn.Embedding))
+        bare = all(parameter is None for parameter in module._parameters.values())
+        if not path or served or bare or projections(module):
+            return ""
+        return f"{path!r}, a {type(module).__name__}"
+
+    return named
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import contextlib
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, wraps
 from pathlib import Path
@@ -23,7 +24,7 @@ from pyfast.integrations.bitsandbytes import quantization_config
 from pyfast.integrations.peft import copy_adapter, is_adapter_state, read_adapter, save_adapter
 from pyfast.methods.base import adapted_modules, register_adopter, unwrapped
 from pyfast.methods.per_sample import samples_copied
-from pyfast.methods.state import adapter_configs, refuse_merged
+from pyfast.methods.state import adapter_configs, merged_adapters, refuse_merged
 from pyfast.nn import (
     DENSE_DTYPES,
     DenseWeight,
@@ -70,8 +71,12 @@ def load_adapter(
 ) -> nn.Module:
     """Add an adapter from PEFT's format to a model, in place, and make it the active one.
 
-    A warning says so where the file was trained on an NF4 base and this one is dense, and where `trainable`
-    virtual tokens come without the network that made them, so that they are trained themselves.
+    A warning says so where the file was trained on other base weights (dense, or in NF4 of other settings)
+    than this model has, and where `trainable` virtual tokens come without the network that made them, so that
+    they are trained themselves.
+
+    Where the adapter began with PiSSA its principal part is taken out of the base weights, and what would
+    compute with them but without it (`adapters_disabled`, `unload` unmerged, another adapter) is refused.
 
     Args:
         model: the base model, or one with other adapters.
@@ -87,7 +92,8 @@ def load_adapter(
         NonFiniteError: a value is NaN or infinite.
         UnsafeFileError: only a pickle is there, or the file is oversized.
         ConfigError: the config is not JSON, or a field has the wrong type.
-        UnsupportedError: the config sets something that is not served, or the model has no values yet.
+        UnsupportedError: the config sets something that is not served, the model has no values yet, or it
+            carries an adapter that began with PiSSA, without which its base is another.
         TargetModuleError: the config's targets match nothing in this model.
         AdapterStateError: the name is taken or not allowed, or adapters are merged.
         AdapterNotFoundError: the directory or a file is missing.
@@ -141,7 +147,8 @@ class _ChangedModel:
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write the adapters in PEFT's format: "default" here, others in folders of their name; without
-        adapters the model, 4-bit layers in bitsandbytes' format."""
+        adapters the model, 4-bit layers in bitsandbytes' format. A warning says so where adapters are merged,
+        whose model is written after `unload`."""
         model: Any = self
         if not adapted_modules(model):
             with _described(model.config, quantization_config(model)):
@@ -155,6 +162,13 @@ class _ChangedModel:
         if not kwargs.get("is_main_process", True):
             return
         root, names, active = Path(save_directory), adapter_configs(model), _active(model)
+        merged = merged_adapters(model)
+        if merged:
+            warnings.warn(
+                f"save_pretrained writes the adapters of {type(model).__name__} alone, though {merged} are "
+                "merged into its weights; call pyfast.unload(model) first to write the merged model",
+                stacklevel=2,
+            )
         for name in names:
             at_root = len(names) == 1 or name == "default"
             directory = root if at_root else root / name

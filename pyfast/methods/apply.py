@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyfast.errors import AdapterStateError, UnsupportedError
 from pyfast.families import shared_inputs
 from pyfast.methods.base import METHODS, Method, Plan, adopt, unwrapped
+from pyfast.methods.residual import refuse_residual
 from pyfast.methods.state import (
     activate,
     adapter_configs,
@@ -130,7 +131,8 @@ def apply(
     Raises:
         TargetModuleError: a name matches nothing.
         ConfigError: a value out of range.
-        UnsupportedError: a setting that is not served.
+        UnsupportedError: a setting that is not served, or the model carries an adapter that began with PiSSA,
+            which left its base weights without their principal part.
         AdapterStateError: the name is taken or not allowed, or adapters are merged.
     """
     bare = unwrapped(model)
@@ -151,6 +153,7 @@ def prepare(
             f"the model already has an adapter {adapter_name!r}; pass another adapter_name or "
             "delete_adapter first"
         )
+    refuse_residual(model, f"adapter {adapter_name!r}")
     refuse_busy(model, "apply")
     method, ours = coerce_config(config, model)
     plan = method.plan(

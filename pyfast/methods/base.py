@@ -78,6 +78,10 @@ class Method:
             for key, tensor in module.file_tensors(adapter_name)
         }
 
+    def unread_by_peft(self, model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+        """Keys of an adapter's file that PEFT passes over without a word, where its method is PEFT's."""
+        return ()
+
     def training_tensors(self, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         """What only training needs, under keys of its own; empty if the adapter's file has it all."""
         return {}

@@ -199,11 +199,7 @@ class IA3Method(Method):
             chosen = [name for name in names if any(path.endswith(name) for path in on_input)]
             if any(path.endswith(tuple(chosen)) for path in others):
                 names = pattern_of(layers)
-        experts = [
-            public_path(model, path)
-            for path, module in adapted_modules(model).items()
-            if isinstance(module, IA3Activation) and adapter_name in module.adapter_names()
-        ]
+        experts = _adapted_experts(model, adapter_name)
         if isinstance(names, list):
             fields["target_modules"] = [*names, *experts]
             fields["feedforward_modules"] = [*chosen, *experts]
@@ -213,6 +209,19 @@ class IA3Method(Method):
         if not any(adapter_name in layer.partial for layer in layers.values()):
             del fields["fused_rows"]
         return fields
+
+    def unread_by_peft(self, model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+        """Vectors of experts, whose 3-D parameters PEFT's IA3 does not know; see `Method.unread_by_peft`."""
+        return tuple(f"{path}.ia3_l" for path in _adapted_experts(model, adapter_name))
+
+
+def _adapted_experts(model: nn.Module, adapter_name: str) -> list[str]:
+    """Path of the last projection of experts that hold a vector of the adapter."""
+    return [
+        public_path(model, path)
+        for path, module in adapted_modules(model).items()
+        if isinstance(module, IA3Activation) and adapter_name in module.adapter_names()
+    ]
 
 
 def _roles(model: nn.Module) -> dict[str, tuple[Role, Layer]]:

@@ -24,7 +24,7 @@ from pyfast.methods.lora_places import (
     parameter_targets,
     tied,
 )
-from pyfast.methods.pissa import PrincipalParts, beside_pissa, is_pissa
+from pyfast.methods.pissa import PrincipalParts, is_pissa
 from pyfast.methods.saved import plan_saved
 from pyfast.methods.targets import (
     ALL_LINEAR,
@@ -51,7 +51,7 @@ class LoraConfig:
         r: rank R.
         target_modules: names that end a module's path, a regular expression for the whole path, or
             "all-linear"; None takes the family's default. Embeddings are adapted where they are named, and
-            "experts" means the 3-D parameters of a mixture's experts.
+            "experts", alone too, means the 3-D parameters of a mixture's experts.
         target_parameters: names that end a path of such a parameter. Beside them `target_modules=None`
             means no modules.
         exclude_modules: same forms; removed from the targets.
@@ -361,7 +361,7 @@ class LoraMethod(Method):
             saved.commit()
             principal.take_out(model, adapter_name)
 
-        warnings = saved.warnings + beside_pissa(model) + tied(model, places.embeddings)
+        warnings = saved.warnings + tied(model, places.embeddings)
         if config.target_modules == ALL_LINEAR:
             warnings += experts_left_out(model, [*whole, *places.experts])
         return Plan(shapes, commit, warnings, undo=principal.undo)

@@ -20,6 +20,8 @@ from pyfast.nn.expert_lora import LoraExperts
 from pyfast.nn.experts import expert_tensors, projections, quantized_experts
 from pyfast.nn.weight import forward_replaced
 
+_EXPERTS = "experts"
+
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path to base module of every embedding that can be adapted; adapted ones by their path."""
@@ -119,9 +121,10 @@ def find_places(model: nn.Module, config: Any, saved: list[str], allow_unmatched
     parameters = _named_parameters(config, experts, saved, allow_unmatched)
     found: list[str] = []
     if config.target_modules or not config.target_parameters:
+        alone = config.target_modules == _EXPERTS  # no regular expression that could mean a layer
         found = match_targets(
             model,
-            config.target_modules,
+            [_EXPERTS] if alone else config.target_modules,
             exclude=config.exclude_modules,
             layers=config.layers_to_transform,
             layers_pattern=config.layers_pattern,

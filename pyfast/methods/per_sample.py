@@ -12,6 +12,7 @@ from torch import nn
 from pyfast.errors import AdapterStateError, ConfigError, UnsupportedError
 from pyfast.methods.base import adapted_modules, as_names, public_path, unwrapped
 from pyfast.methods.of_peft import refuse_peft
+from pyfast.methods.residual import refuse_residual
 from pyfast.methods.state import known_adapter, refuse_busy
 from pyfast.nn import SavedModule, Switchable
 from pyfast.nn.embedding import LoraEmbedding
@@ -36,7 +37,8 @@ def adapters_per_sample(model: nn.Module, names: Iterable[str]) -> Iterator[None
         AdapterStateError: an unknown name; adapters are merged, disabled or PEFT's; or a block is around
             this one.
         ConfigError: no names. In the block, when a model is called: other than one name for each sample.
-        UnsupportedError: an adapter is of another kind: virtual tokens, or of experts.
+        UnsupportedError: an adapter is of another kind: virtual tokens, or of experts; or one began with
+            PiSSA, without which other samples have no base.
     """
     refuse_peft(model, "adapters_per_sample")
     wanted = as_names("adapters_per_sample: names", names)
@@ -50,6 +52,8 @@ def adapters_per_sample(model: nn.Module, names: Iterable[str]) -> Iterator[None
     for name in dict.fromkeys(wanted):
         if name != BASE:
             known_adapter(model, name)
+    for name in dict.fromkeys(wanted):
+        refuse_residual(model, "adapters_per_sample", [name])
     refuse_busy(model, "adapters_per_sample")
     taking = []
     for path, module in holders.items():

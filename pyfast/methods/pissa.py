@@ -4,7 +4,8 @@
 Of W = U S V^T the first R singular values make B = U_R sqrt(S_R / s) and A = sqrt(S_R / s) V_R^T, and the
 base keeps the residual W - s B A, so that training begins with W and moves what matters most in it. Files
 hold A and B alone: loading one makes the same residual of the same base again, which costs the decomposition.
-The base stays the residual while the adapter is disabled, and when it is deleted or unloaded unmerged.
+Without the adapter the base would be the residual, no model that anybody trained: what would compute so is
+refused, see `methods.residual`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
 from pyfast.methods.base import refuse_meta
 from pyfast.methods.lora_places import Places
-from pyfast.methods.state import adapter_configs
 from pyfast.nn import AdapterLayer, DenseWeight, weight_of
 
 _FORM = re.compile(r"pissa(?:_niter_(\d+))?")
@@ -41,21 +41,6 @@ def is_pissa(init: object) -> bool:
             "iterations; use 'pissa' for the whole decomposition"
         )
     return form is not None
-
-
-def beside_pissa(model: nn.Module) -> tuple[str, ...]:
-    """A sentence for a new adapter beside one that changed the base weights."""
-    held = [
-        name
-        for name, config in adapter_configs(model).items()
-        if is_pissa(getattr(config, "init_lora_weights", None))
-    ]
-    if not held:
-        return ()
-    return (
-        f"adapter {held[0]!r} was initialised with PiSSA, which left the base weights without their "
-        "principal part; the new adapter is made for what is left, and is wrong for the whole base",
-    )
 
 
 class PrincipalParts:
@@ -125,6 +110,7 @@ class PrincipalParts:
                 layer = model.get_submodule(path)
                 a: Tensor = layer.lora_A[adapter_name].weight  # type: ignore[index, union-attr]
                 b: Tensor = layer.lora_B[adapter_name].weight  # type: ignore[index, union-attr]
+                layer.taken_by = adapter_name  # type: ignore[assignment]
                 self._take_out(base, a, b, self._scales[path])
 
     def _take_out(self, base: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:

@@ -23,6 +23,7 @@ from pyfast.methods.base import (
     replace_modules,
 )
 from pyfast.methods.of_peft import refuse_peft
+from pyfast.methods.residual import refuse_residual
 from pyfast.nn import (
     DENSE_DTYPES,
     AdapterLayer,
@@ -65,11 +66,13 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
 
     Raises:
         AdapterStateError: an unknown name, adapters are merged, or they are PEFT's.
+        UnsupportedError: an adapter is left out that began with PiSSA.
     """
     refuse_peft(model, "set_adapter")
     wanted = list(dict.fromkeys(as_names("set_adapter: names", names)))
     for name in wanted:
         known_adapter(model, name)
+    refuse_residual(model, "set_adapter", wanted)
     refuse_busy(model, "set_adapter")
     activate(model, wanted)
 
@@ -90,9 +93,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         AdapterStateError: an unknown name, adapters are merged, or they are PEFT's.
+        UnsupportedError: the adapter began with PiSSA: the base weights lack the part that it took out.
     """
     refuse_peft(model, "delete_adapter")
     known_adapter(model, name)
+    refuse_residual(model, "delete_adapter", adapter_configs(model).keys() - {name})
     refuse_busy(model, "delete_adapter")
     take_off(model, name)
 
@@ -150,7 +155,8 @@ def merge(
 
     NF4 layers with LoRA become dense ones of `dtype` (default: the dtype they were quantised from): adding
     a small update to 4-bit codes would erase it. IA3's factors of outputs go into flat scales and leave the
-    codes as they are; where they cannot, `dtype` must be given.
+    codes as they are; where they cannot, `dtype` must be given. The model still carries its adapters, which
+    are all that a transformers model's `save_pretrained` writes (with a warning) until `unload`.
 
     Args:
         model: a model with adapters.
@@ -160,7 +166,8 @@ def merge(
     Raises:
         AdapterStateError: nothing to merge, already merged, an unknown name, or adapters of PEFT's.
         UnsupportedError: a weight lies on the meta device, or is made from others before each forward; or an
-            adapter is none of weights (virtual tokens, bottlenecks).
+            adapter is none of weights (virtual tokens, bottlenecks), or one that began with PiSSA is left
+            out.
         QuantizedMergeError: the scales of an NF4 layer cannot take IA3's factors, and no dtype is given.
         ConfigError: a dtype that dense layers do not have, or NF4 layers would become dense ones of another
             dtype than the rest of the model.
@@ -173,6 +180,7 @@ def merge(
             f"merge: dtype must be a floating-point type of {DENSE_DTYPES}, got {dtype!r}"
         )
     wanted = _merge_names(model, names)
+    refuse_residual(model, "merge", wanted)
     refuse_meta("merge", model.named_parameters())
     for name in wanted:
         for key, parameter in adapter_parameters(model, name).items():
@@ -290,9 +298,11 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         AdapterStateError: called inside an `adapters_disabled` or `adapters_per_sample` block, or adapters
             are PEFT's.
+        UnsupportedError: an adapter that began with PiSSA is not merged: the base weights lack its part.
     """
     refuse_peft(model, "unload")
     _refuse_inside(model, "unload")
+    refuse_residual(model, "unload", merged=True)
     _take_out(model, adapted_modules(model))
     return model
 
@@ -306,8 +316,10 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
     Raises:
         AdapterStateError: adapters are PEFT's.
+        UnsupportedError: an adapter began with PiSSA: there is no base model without its part.
     """
     refuse_peft(model, "adapters_disabled")
+    refuse_residual(model, "adapters_disabled")
     with contextlib.ExitStack() as stack:
         for module in adapted_modules(model).values():
             module.disable()
@@ -332,6 +344,12 @@ def refuse_busy(model: nn.Module, what: str) -> None:
     """Raise AdapterStateError while adapters are disabled, given to samples, or merged."""
     _refuse_inside(model, what)
     refuse_merged(model, what)
+
+
+def merged_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that are merged somewhere."""
+    holders = adapted_modules(model).values()
+    return list(dict.fromkeys(n for m in holders if isinstance(m, Mergeable) for n in m.merged))
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:

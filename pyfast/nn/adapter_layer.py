@@ -29,6 +29,8 @@ class AdapterLayer(Mergeable):
     containers: tuple[str, ...] = ()
     packs = False
     """Whether a merge may leave an NF4 weight in NF4: see `merge_packed`."""
+    taken_by: str | None = None
+    """The adapter that holds a part of the frozen weight itself, which is the residual (PiSSA)."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -60,11 +62,11 @@ class AdapterLayer(Mergeable):
         return weight
 
     @property
-    def quantized(self) -> bool:
-        """Whether the frozen weight is quantised; merging makes no difference."""
+    def original(self) -> nn.Module:
+        """The frozen layer as it is without what is merged into it."""
         place = self.links()[-1]
-        held = [place.base_layer, *place._aside.values()]
-        return any(isinstance(m, nn.Module) and isinstance(weight_of(m), NF4Weight) for m in held)
+        aside = place._aside.get("base_layer") if place.enabled else None
+        return aside if isinstance(aside, nn.Module) else place.base_layer
 
     @property
     def weight(self) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.cli.conftest import SMALL, Run
+from tests.family_models import variant
 
 
 def test_all_of_them_in_one_run(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
@@ -81,3 +82,17 @@ def test_settings_that_do_not_go_together(
     assert status == 2
     assert text in err
     assert not output.exists()
+
+
+def test_experts_by_their_name_alone(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    model, output = tmp_path / "mixtral", tmp_path / "out"
+    variant("mixtral").save_pretrained(model)
+    for file in base.glob("tokenizer*"):
+        (model / file.name).write_bytes(file.read_bytes())
+    status, _, err = run(
+        *("finetune", "--model", model, "--data", data, "--output_dir", output, *SMALL),
+        *("--run.steps", 1, "--run.samples", 0, "--adapter.targets", "experts"),
+    )
+    assert status == 0, err
+    adapter = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert adapter["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]

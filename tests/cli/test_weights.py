@@ -19,7 +19,7 @@ import pyfast
 from pyfast.train.command import program
 from tests.cli.conftest import SMALL, Run
 from tests.integrations.checkpoints import assert_equal_files, dense_counts
-from tests.models import gpt2, logits
+from tests.models import gpt2, llama, logits
 
 
 def adapted_logits(base: Path, adapter: Path) -> torch.Tensor:
@@ -75,6 +75,7 @@ def test_merge_into_nf4_rounded_weights(
     assert (logits(merged) - unrounded).norm() > 3 * (logits(merged) - expected).norm()
 
 
+@pytest.mark.filterwarnings("ignore:adapter .* was trained on a dense base:UserWarning")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_merge_into_nf4_reads_layer_by_layer(
     run: Run,
@@ -221,10 +222,22 @@ def test_forgotten_nf4_is_noted(run: Run, base: Path, data: Path, tmp_path: Path
     arguments = ["--model", base, "--data", data, "--output_dir", tmp_path, "--run.steps", 1]
     assert run("finetune", "--method", "qlora", *arguments, *SMALL)[0] == 0
     adapter = tmp_path / "adapter"
-    note = f"Note: {adapter} was trained on an NF4 base. Fix: --nf4 true\n"
+    note = (
+        f"Note: adapter '{adapter}' was trained on an NF4 base (blocksize=64, nested=True), but this "
+        "LlamaForCausalLM is dense. Fix: --nf4 true --blocksize 64 --nested true, on a dense base\n"
+    )
     ask = ["generate", "--adapter", adapter, "--prompt", "w1", "--max_new_tokens", 1]
     assert run(*ask)[2] == note
     assert run(*ask, "--nf4", "true")[2] == ""
+    other = note.replace("is dense", "has blocksize=128, nested=False")
+    flags = ["--nf4", "true", "--blocksize", 128, "--nested", "false"]
+    assert run(*ask, *flags)[2] == other
+    merge = ["merge", "--adapter", adapter, "--output", tmp_path / "m"]
+    assert other in run(*merge, *flags)[2]
+    pyfast.save_adapter(pyfast.apply(llama(), pyfast.LoraConfig()), tmp_path / "dense")
+    asked = ["generate", "--model", base, "--adapter", tmp_path / "dense", *ask[3:]]
+    assert "on a dense base" not in run(*asked)[2]
+    assert "on a dense base, but" in run(*asked, "--nf4", "true")[2]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pyfast
 from pyfast import LoraConfig
-from pyfast.errors import AdapterStateError, QuantizedMergeError
+from pyfast.errors import AdapterMismatchError, AdapterStateError, QuantizedMergeError
 from pyfast.nn.experts import quantized_experts
 from tests.family_models import assert_trains_like_peft, gradients, outputs, variant
 from tests.models import VOCAB, fingerprint, plain, randomise
@@ -249,3 +249,55 @@ def test_several_adapters_switch_and_leave():
         n for n, _ in variant("mixtral").named_parameters()
     }
     assert type(experts(ours)) is type(experts(variant("mixtral")))
+
+
+def test_experts_alone_by_their_name(tmp_path):
+    """A string, as "all-linear" is one."""
+    ours = randomise(
+        pyfast.apply(variant("mixtral"), LoraConfig(target_modules="experts", **OPTIONS))
+    )
+    pyfast.save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(variant("mixtral"), tmp_path)
+    torch.testing.assert_close(outputs(theirs), outputs(ours))
+    assert torch.equal(outputs(pyfast.load_adapter(variant("mixtral"), tmp_path)), outputs(ours))
+
+
+def test_routers_in_a_file_are_named_with_what_to_do(tmp_path):
+    """PEFT's "all-linear" adapts them, whatever exclude_modules says; with the layers named it does not."""
+    options = OPTIONS | {"target_modules": "all-linear", "exclude_modules": ["gate"]}
+    get_peft_model(variant("mixtral"), peft.LoraConfig(**options)).save_pretrained(tmp_path / "all")
+    model = variant("mixtral")
+    before = fingerprint(model)
+    with pytest.raises(AdapterMismatchError) as caught:
+        pyfast.load_adapter(model, tmp_path / "all")
+    assert str(caught.value) == (
+        f"[PF002] adapter '{tmp_path / 'all'}' does not fit MixtralForCausalLM: 4 of its 28 tensors are of 2 "
+        "modules that pyfast has no adapters for (first: 'model.layers.0.mlp.gate', a MixtralTopKRouter). "
+        "The adapter was NOT applied. Fix: train it without them, with the layers named in target_modules "
+        "and target_parameters in the place of 'all-linear'"
+    )
+    assert fingerprint(model) == before
+    named = OPTIONS | {"target_modules": ATTENTION, "target_parameters": BOTH}
+    theirs = randomise(get_peft_model(variant("mixtral"), peft.LoraConfig(**named)))
+    theirs.save_pretrained(tmp_path / "named")
+    ours = pyfast.load_adapter(model, tmp_path / "named")
+    torch.testing.assert_close(outputs(ours), outputs(theirs))
+
+
+def test_other_surplus_keys_are_called_unexpected(tmp_path):
+    """A module that is not there, and a linear that the config does not name, are no limit of ours."""
+    pyfast.save_adapter(
+        pyfast.apply(variant("mixtral"), LoraConfig(target_modules=["q_proj"])), tmp_path
+    )
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for path in (
+        "layers.7.self_attn.q_proj",
+        "layers.0.self_attn.o_proj",
+        "layers.0.mlp.experts",
+        "rest",
+    ):
+        key = f"base_model.model.model.{path}.lora_A.weight"
+        save_file(tensors | {key: torch.zeros(8, 64)}, file)
+        with pytest.raises(AdapterMismatchError, match="1 unexpected"):
+            pyfast.load_adapter(variant("mixtral"), tmp_path)

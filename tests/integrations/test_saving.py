@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import pyfast
 from pyfast import LoraConfig
@@ -127,3 +128,24 @@ def test_a_failed_save_leaves_no_temporaries(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         pyfast.save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_merged_adapters_that_save_pretrained_writes_are_told(tmp_path):
+    model = adapted(8)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "before")
+    pyfast.merge(model)
+    with pytest.warns(UserWarning, match="merged") as caught:
+        model.save_pretrained(tmp_path / "merged")
+    assert [(str(found.message), found.filename) for found in caught] == [
+        (
+            "save_pretrained writes the adapters of LlamaForCausalLM alone, though ['default'] are merged "
+            "into its weights; call pyfast.unload(model) first to write the merged model",
+            __file__,
+        )
+    ]
+    files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("before", "merged")]
+    assert files[0] == files[1]
+    pyfast.unload(model).save_pretrained(tmp_path / "whole")  # without a word, and the fix
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert torch.allclose(logits(whole), expected, atol=1e-5)

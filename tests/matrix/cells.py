@@ -21,6 +21,7 @@ MARKS = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
     # The oracle of a mixture of experts has no adapters there either.
     pytest.mark.filterwarnings("ignore:target_modules='all-linear' adapts linear:UserWarning"),
+    pytest.mark.filterwarnings("ignore:adapter .* vectors of experts:UserWarning"),
     # PEFT adds patterns of rank and alpha for Mixtral's experts, adapted or not.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
 ]

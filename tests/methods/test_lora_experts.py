@@ -14,7 +14,7 @@ from pyfast.ops import recorded_kernels
 from tests.family_models import outputs, variant
 from tests.integrations.test_peft_experts import BOTH, CASES, OPTIONS, experts, other_family, pair
 from tests.integrations.test_peft_experts import pytestmark as pytestmark
-from tests.models import fingerprint, logits, randomise, resumed_in_trainer, train
+from tests.models import fingerprint, llama, logits, randomise, resumed_in_trainer, train
 
 
 def test_the_role_of_the_family_and_its_filters():
@@ -25,6 +25,18 @@ def test_the_role_of_the_family_and_its_filters():
         assert set(pyfast.adapter_parameters(ours)) == set(
             pyfast.adapter_parameters(pyfast.apply(variant("mixtral"), twin))
         )
+    keys = [
+        set(
+            pyfast.adapter_parameters(
+                pyfast.apply(variant("mixtral"), LoraConfig(target_modules=names))
+            )
+        )
+        for names in ("experts", ["experts"])
+    ]
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == 8
+    with pytest.raises(TargetModuleError, match="'experts' matches no module of LlamaForCausalLM"):
+        pyfast.apply(llama(), LoraConfig(target_modules="experts"))
     config = LoraConfig(target_modules=["experts"], layers_to_transform=[1], r=2)
     ours = pyfast.apply(variant("mixtral"), config)
     assert all(key.startswith("model.layers.1.mlp") for key in pyfast.adapter_parameters(ours))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import pyfast
-from pyfast import LoraConfig
+from pyfast import IA3Config, LoraConfig
 from pyfast.errors import AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
 from tests.models import fingerprint, gpt2, llama, logits, plain, randomise, train, twin
 
@@ -243,16 +243,83 @@ def test_file_that_cannot_be_filled_in_restores_the_weights(tmp_path, monkeypatc
     assert fingerprint(model) == before
 
 
-def test_an_adapter_beside_it_is_warned_of():
-    """PEFT warns too."""
-    model = pyfast.apply(llama(), LoraConfig(**OPTIONS), adapter_name="a")
-    with pytest.warns(UserWarning, match="'a' was initialised with PiSSA"):
-        pyfast.apply(model, LoraConfig(), adapter_name="b")
-
-
-def test_the_base_stays_the_residual():
-    model = randomise(pyfast.apply(llama(), LoraConfig(**OPTIONS)))
+def disabled(model, _):
     with pyfast.adapters_disabled(model):
-        off = logits(model)
-    assert not torch.allclose(off, logits(llama()), atol=1e-3)
-    assert torch.equal(logits(pyfast.unload(model)), off)
+        pass
+
+
+def per_sample(*names):
+    def use(model, _):
+        with pyfast.adapters_per_sample(model, names):
+            pass
+
+    return use
+
+
+def beside(config):
+    return lambda model, _: pyfast.apply(model, config, adapter_name="b")
+
+
+WITHOUT_IT = {
+    "adapters_disabled": disabled,
+    "unload": lambda model, _: pyfast.unload(model),
+    "delete_adapter": lambda model, _: pyfast.delete_adapter(model, "p"),
+    "set_adapter": lambda model, _: pyfast.set_adapter(model, []),
+    "adapters_per_sample": per_sample("p", "__base__"),
+    "adapter 'b'": beside(LoraConfig(target_modules=["lm_head"])),
+    "adapter 'again'": lambda model, path: pyfast.load_adapter(model, path, "again"),
+    "adapter 'other'": lambda model, path: pyfast.apply(model, IA3Config(), adapter_name="other"),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "merged"),
+    [*((what, False) for what in WITHOUT_IT), *((w, True) for w in WITHOUT_IT if w != "unload")],
+)
+def test_nothing_computes_without_it(what, merged, tmp_path):
+    """Off by 0.3 from the base, and no word, were these served."""
+    pyfast.save_adapter(randomise(pyfast.apply(llama(), LoraConfig(**OPTIONS))), tmp_path)
+    model = pyfast.load_adapter(llama(), tmp_path, "p")
+    if merged:
+        pyfast.merge(model)
+    before = fingerprint(model)
+    with pytest.raises(UnsupportedError, match=f"{what}: adapter 'p' began with PiSSA.*Fix: load"):
+        WITHOUT_IT[what](model, tmp_path)
+    assert fingerprint(model) == before
+
+
+def test_adapters_elsewhere_serve_only_with_it():
+    """One of another layer may be there before it, as with PEFT; what it computes with is the whole base."""
+    model = pyfast.apply(llama(), LoraConfig(target_modules=["q_proj"]), adapter_name="a")
+    pyfast.apply(
+        randomise(model), LoraConfig(**OPTIONS | {"target_modules": ["v_proj"]}), adapter_name="p"
+    )
+    pyfast.set_adapter(model, ["a", "p"])
+    expected = pyfast.apply(llama(), LoraConfig(target_modules=["q_proj"]), adapter_name="a")
+    torch.testing.assert_close(logits(model), logits(randomise(expected)), rtol=1e-4, atol=1e-5)
+    before = fingerprint(model)
+    for call in (
+        lambda: pyfast.set_adapter(model, "a"),
+        lambda: pyfast.merge(model, "a"),
+        lambda: per_sample("a", "p")(model, None),
+    ):
+        with pytest.raises(UnsupportedError, match="began with PiSSA"):
+            call()
+        assert fingerprint(model) == before
+    with pyfast.adapters_per_sample(model, ["p", "p"]):
+        torch.testing.assert_close(logits(model), logits(llama()), rtol=1e-4, atol=1e-5)
+    pyfast.delete_adapter(model, "a")
+    pyfast.set_adapter(model, "p")
+    torch.testing.assert_close(logits(model), logits(llama()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_that_is_not_merged_keeps_the_rest_from_being_unloaded():
+    model = pyfast.apply(llama(), LoraConfig(**OPTIONS))
+    pyfast.merge(model.model.layers[0])
+    with pytest.raises(UnsupportedError, match="unload: adapter 'default' began"):
+        pyfast.unload(twin(model))
+    pyfast.unload(model.model.layers[0])
+    pyfast.unload(pyfast.merge(model))
+    torch.testing.assert_close(logits(model), logits(llama()), rtol=1e-4, atol=1e-5)
+    # What is merged for good is a base like any other.
+    pyfast.unload(pyfast.apply(model, LoraConfig()))
