@@ -129,7 +129,8 @@ def train(model, name_of=str, *, steps=STEPS, eps=1e-8):
 
 def train_both(name, method):
     """Our training and the oracle's, in float64. Adam divides a gradient by its own size: what is lost in
-    rounding of the smallest ones grows to a millionth of a loss in twenty steps, unless `eps` is above them."""
+    rounding of the smallest ones grows to a millionth of a loss in twenty steps, unless `eps` is above them.
+    """
     ours, theirs = pair(method, name, dtype=torch.float64)
     return train(ours, eps=1e-6), train(theirs, method.renamed, eps=1e-6)
 
