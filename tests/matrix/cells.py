@@ -26,6 +26,9 @@ MARKS = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
 ]
 STEPS, RATE = 20, 5e-3
+EPS = 1e-6
+"""Of AdamW in float64. It divides a gradient by its own size: what is lost in rounding of the smallest ones
+grows to a millionth of a loss in twenty steps, unless this is above them."""
 
 
 def cells(chosen=lambda method: True):
@@ -128,11 +131,9 @@ def train(model, name_of=str, *, steps=STEPS, eps=1e-8):
 
 
 def train_both(name, method):
-    """Our training and the oracle's, in float64. Adam divides a gradient by its own size: what is lost in
-    rounding of the smallest ones grows to a millionth of a loss in twenty steps, unless `eps` is above them.
-    """
+    """Our training and the oracle's, in float64."""
     ours, theirs = pair(method, name, dtype=torch.float64)
-    return train(ours, eps=1e-6), train(theirs, method.renamed, eps=1e-6)
+    return train(ours, eps=EPS), train(theirs, method.renamed, eps=EPS)
 
 
 def close(got, expected, *, tolerance=1e-4):

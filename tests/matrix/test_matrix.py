@@ -11,6 +11,7 @@ import transformers
 import pyfast
 from tests.family_models import VARIANTS, batch, outputs
 from tests.matrix.cells import (
+    EPS,
     MARKS,
     RATE,
     assert_falls,
@@ -132,6 +133,7 @@ def test_trainer_with_accumulation_gives_the_oracles_losses(name, method, both, 
         gradient_accumulation_steps=len(rows),
         logging_steps=1,
         learning_rate=RATE,
+        adam_epsilon=EPS,
         lr_scheduler_type="constant",
         max_grad_norm=0,
         report_to=[],
