@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from pyfast.errors import ConfigError, UnsupportedError
+from pyfast.integrations.adapter_file import read_fields
 from pyfast.nn.bottleneck import Bottlenecks
 from pyfast.nn.prompt import VirtualTokens
 from pyfast.train.command import program
@@ -20,7 +20,8 @@ def adapter_config(adapter: str) -> dict[str, Any]:
     """What an adapter's adapter_config.json holds.
 
     Raises:
-        ConfigError: There is none, or it cannot be read.
+        ConfigError: There is none, or it is not JSON.
+        UnsafeFileError: It is too large for one.
     """
     file = Path(adapter) / "adapter_config.json"
     if not file.is_file():
@@ -29,13 +30,7 @@ def adapter_config(adapter: str) -> dict[str, Any]:
         raise ConfigError(
             f"'{adapter}' is not an adapter directory: it has no adapter_config.json.{fix}"
         )
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"'{file}' cannot be read: {error}.") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"'{file}' cannot be read: it does not hold a JSON object.")
-    return found
+    return read_fields(file)
 
 
 def check_merges(adapter: str) -> None:

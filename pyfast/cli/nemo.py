@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pyfast.errors import ConfigError
-from pyfast.integrations.adapter_file import write_adapter
+from pyfast.integrations.adapter_file import read_fields, write_adapter
 from pyfast.integrations.nemo_file import write_nemo
 from pyfast.integrations.nemo_lora import NemoLora, from_nemo, to_nemo
 from pyfast.train.metrics import say
@@ -35,12 +33,7 @@ def write_as_nemo(
     stack: bool,
 ) -> None:
     """Write PEFT's adapter, whose config is in a file, in NeMo's form."""
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"'{config}' is not JSON ({error}).") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"'{config}' does not hold a JSON object.")
+    fields = read_fields(config)
     made = to_nemo(tensors, fields, _config(base), variant=variant, release=release, stack=stack)
     write_nemo(directory, made)
     say(f"dim {made.dim}, alpha {made.alpha}.")

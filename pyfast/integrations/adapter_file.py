@@ -121,8 +121,9 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
         header = json.loads(file.read(size))
         ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
         text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(size))
+        if len(text) <= size:  # never over the tensors behind it
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _config_digest(values: Mapping[str, Any]) -> str:
@@ -149,7 +150,7 @@ def read_config(directory: Path, model: nn.Module) -> Any:
         AdapterNotFoundError: there is none.
     """
     path = directory / CONFIG_NAME
-    values = _read_fields(path)
+    values = read_fields(path)
     kind = values.get("peft_type")
     for method in METHODS.values():
         if method.peft_type is not None and method.peft_type == kind:
@@ -172,7 +173,7 @@ def _own_fields(directory: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a config file; errors as `read_config`'s."""
     _require(path)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
@@ -267,7 +268,7 @@ def read_tensors(
 
     tensors, metadata = _read_file(path, expected, copies, where, foreign)
     digest = metadata.get(_CONFIG_DIGEST)
-    fields = _read_fields(directory / CONFIG_NAME) if digest is not None else {}
+    fields = read_fields(directory / CONFIG_NAME) if digest is not None else {}
     if digest is not None and digest != _config_digest(_own_fields(directory) | fields):
         raise AdapterMismatchError(
             f"{path} was not saved with the {CONFIG_NAME} beside it: a save was interrupted, or the config "

@@ -31,16 +31,24 @@ EPS = 1e-6
 grows to a millionth of a loss in twenty steps, unless this is above them."""
 
 
+def all_cells():
+    """Every variant with the name of every method that is for it."""
+    return [
+        (name, column)
+        for name in VARIANTS
+        for column, method in METHODS.items()
+        if method.variants is None or name in method.variants
+    ]
+
+
 def cells(chosen=lambda method: True):
     """Every variant by every method, or by those that are chosen."""
-    columns = {name: method for name, method in METHODS.items() if chosen(method)}
     return pytest.mark.parametrize(
         ("name", "method"),
         [
-            pytest.param(n, m, id=f"{n}-{c}")
-            for n in VARIANTS
-            for c, m in columns.items()
-            if m.variants is None or n in m.variants
+            pytest.param(name, METHODS[column], id=f"{name}-{column}")
+            for name, column in all_cells()
+            if chosen(METHODS[column])
         ],
     )
 
